@@ -1,0 +1,115 @@
+"""gamma-hat in the logs of `fit`."""
+
+import math
+import time
+
+import keras
+
+from keras_infomcr import validation
+from keras_infomcr.flatness.gamma_hat import GammaHatEstimator, check_settings
+
+
+class GammaHatCallback(keras.callbacks.Callback):
+    """Log InfoMCR's metric gamma-hat at the end of epochs.
+
+    Adds `gamma_hat` and `gamma_hat_stderr` to the logs of each epoch, NaN for an epoch without a
+    measurement. Put it before the callbacks that read them (`CSVLogger`, `TensorBoard`,
+    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`). It works with any
+    `keras.Model`, and leaves the model, its optimizer and all seeds as they are.
+
+    Args:
+        data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset` or another
+            iterable of batches `(x, y)`: training data without augmentation. The same examples
+            are measured in each epoch.
+        num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
+        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10; the paper has
+            100.
+        normalize_softmax: Boolean, whether to normalise the logits. Defaults to `False`.
+        softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
+        frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
+            to 1.
+        training: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `False`.
+        chunk_size: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `num_examples`.
+        seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
+        verbose: 0 or 1. With 1, a line is printed for each measurement. Defaults to 0.
+
+    Attributes:
+        result: The last `keras_infomcr.flatness.GammaHat`, `None` before the first.
+
+    Raises:
+        TypeError: If the data are of a wrong type.
+        ValueError: If an argument is out of its range; when training begins, if the data hold
+            too few examples, NaN or infinity, or the labels do not fit the loss.
+
+    Example:
+
+    ```python
+    model.fit(x, y, epochs=10, callbacks=[GammaHatCallback((x, y), verbose=1)])
+    ```
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Eq. 6 (https://arxiv.org/abs/1911.08192).
+    """
+
+    def __init__(
+        self,
+        data,
+        num_examples=100,
+        num_trials=10,
+        normalize_softmax=False,
+        softmax_scale=0.04,
+        frequency=1,
+        training=False,
+        chunk_size=None,
+        seed=0,
+        verbose=0,
+    ):
+        super().__init__()
+        validation.integer(minimum=1, frequency=frequency)
+        validation.one_of(0, 1, verbose=verbose)
+        self.data = data
+        self.frequency = frequency
+        self.verbose = verbose
+        self.result = None
+        self._settings = {
+            "num_examples": num_examples,
+            "num_trials": num_trials,
+            "normalize_softmax": normalize_softmax,
+            "softmax_scale": softmax_scale,
+            "training": training,
+            "chunk_size": chunk_size,
+            "seed": seed,
+        }
+        check_settings(**self._settings)
+
+    def on_train_begin(self, logs=None):
+        x, y = self.data if isinstance(self.data, (tuple, list)) else (self.data, None)
+        self._estimator = GammaHatEstimator(self.model, x, y, **self._settings)
+        self._measured = False
+        if self.model.built:
+            self._estimator.prepare()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = {} if logs is None else logs
+        last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        self._measured = last or (epoch + 1) % self.frequency == 0
+        if self._measured:
+            self._measure(logs, f"Epoch {epoch + 1}")
+        else:
+            logs["gamma_hat"] = logs["gamma_hat_stderr"] = math.nan
+
+    def on_train_end(self, logs=None):
+        # A callback after this one may have stopped training.
+        if not self._measured and logs:
+            self._measure(logs, "End of training")
+
+    def _measure(self, logs, when):
+        start = time.perf_counter()
+        self.result = self._estimator.measure()
+        logs["gamma_hat"] = self.result.value
+        logs["gamma_hat_stderr"] = self.result.stderr
+        if self.verbose:
+            print(
+                f"{when}: gamma_hat {self.result.value:.2f} +- {self.result.stderr:.2f} "
+                f"({time.perf_counter() - start:.1f} s)"
+            )

@@ -1,0 +1,62 @@
+"""A schedule of the regulariser's strength."""
+
+import keras
+
+from keras_infomcr import validation
+from keras_infomcr.callbacks.regularized_model_callback import RegularizedModelCallback
+
+
+class RegularizationSchedule(RegularizedModelCallback):
+    """Set the strength of the regulariser (`beta`) by epoch or by step.
+
+    InfoMCR keeps beta fixed and names its adaptation as future work. Here nothing is re-traced.
+
+    Args:
+        schedule: Function of the epoch (an integer from 0) that returns the strength of that
+            epoch, or a `keras.optimizers.schedules.LearningRateSchedule`, whose value at the
+            optimizer's step count becomes the strength of that step. The strength is a float,
+            0 or greater.
+        verbose: 0 or 1. With 1, a line is printed for each epoch. Defaults to 0.
+
+    Raises:
+        TypeError: If `schedule` is not callable.
+        ValueError: In `fit`, if the model has no regulariser or a strength is out of range.
+
+    Example:
+
+    ```python
+    RegularizationSchedule(lambda epoch: 10.0 if epoch < 60 else 40.0)
+    RegularizationSchedule(keras.optimizers.schedules.CosineDecay(40.0, decay_steps=10_000))
+    ```
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Section 8 (https://arxiv.org/abs/1911.08192).
+    """
+
+    def __init__(self, schedule, verbose=0):
+        super().__init__()
+        if not callable(schedule):
+            raise TypeError(
+                "`schedule` must be a function of the epoch or a `LearningRateSchedule`. "
+                f"Received: schedule={schedule!r} (of type {type(schedule)})"
+            )
+        validation.one_of(0, 1, verbose=verbose)
+        self.schedule = schedule
+        self.verbose = verbose
+        self._by_step = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._by_step:
+            self._set_by_step()
+        else:
+            self.model.regularizer.strength = self.schedule(epoch)
+        if self.verbose:
+            strength = float(self.model.regularizer.strength)
+            print(f"Epoch {epoch + 1}: strength of the regulariser is {strength:g}.")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._by_step:
+            self._set_by_step()
+
+    def _set_by_step(self):
+        self.model.regularizer.strength = self.schedule(self.model.optimizer.iterations)

@@ -1,0 +1,164 @@
+"""Per-example values whose gradients are the rows of gamma-hat's Jacobian.
+
+For cross-entropy l = softplus(-m) with m the log-odds of the true class, so that
+grad l = -sigmoid(-m) grad m. The factor is taken out of the determinant: the rows grad m keep
+their size where p_c rounds to 1 and grad l to 0.
+"""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_infomcr.layers.logit_normalization import normalize_logits
+
+_CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
+
+
+def example_values(model, outputs, normalize_softmax, softmax_scale):
+    """Choose the per-example values that fit the compiled loss of a model.
+
+    Args:
+        model: A compiled `keras.Model`.
+        outputs: Its outputs on an example.
+        normalize_softmax: Boolean, whether to normalise the logits.
+        softmax_scale: Float, the scale of the normalisation.
+
+    Returns:
+        A `CategoricalLogOdds`, a `BinaryLogOdds` or an `ExampleLoss`.
+
+    Raises:
+        ValueError: If logits are to be normalised and the loss is no softmax cross-entropy.
+    """
+    losses = keras.tree.flatten(model.loss)
+    loss = keras.losses.get(losses[0]) if len(losses) == 1 else None
+    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    from_logits = getattr(loss, "from_logits", False)
+    usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
+    if usual and name in (n.lower() for n in _CATEGORICAL):
+        return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
+    if normalize_softmax:
+        raise ValueError(
+            "`normalize_softmax` needs a model compiled with one softmax cross-entropy. "
+            f"Received: normalize_softmax=True and loss={model.loss!r}"
+        )
+    if usual and name == "binarycrossentropy" and _is_single(outputs):
+        return BinaryLogOdds(from_logits)
+    return ExampleLoss(model)
+
+
+def _is_single(outputs):
+    return not keras.tree.is_nested(outputs) and math.prod(outputs.shape) == 1
+
+
+class CategoricalLogOdds:
+    """m = z_c - logsumexp_{k != c} z_k of the true class c, for softmax cross-entropy.
+
+    Args:
+        from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+        scale: Float, the scale of the normalisation of the logits, or `None` for none.
+    """
+
+    def __init__(self, from_logits, scale):
+        self.from_logits = from_logits
+        self.scale = scale
+
+    def labels(self, y, outputs):
+        """Return classes as integers, of labels that are integers, one-hot or soft."""
+        if len(outputs.shape) != 2 or outputs.shape[-1] < 2:
+            raise ValueError(
+                "The model must give a row of at least 2 class scores an example. "
+                f"Received: outputs of shape {tuple(outputs.shape)}"
+            )
+        num_classes = outputs.shape[-1]
+        if y.ndim == 2 and y.shape[-1] == num_classes:
+            return np.argmax(y, axis=-1).astype("int32")
+        flat = y.reshape(-1) if y.size == len(y) else y
+        fits = flat.ndim == 1 and np.issubdtype(flat.dtype, np.number)
+        if not (fits and np.all((flat >= 0) & (flat < num_classes) & (flat == np.floor(flat)))):
+            raise ValueError(
+                f"`y` must hold integers from 0 to {num_classes - 1}, or rows of {num_classes} "
+                f"probabilities. Received: y of shape {y.shape} and dtype {y.dtype}"
+                + (f", from {flat.min()} to {flat.max()}" if fits else "")
+            )
+        return flat.astype("int32")
+
+    def __call__(self, x, y, outputs):
+        logits = _logits(outputs, self.from_logits, ops.log)
+        if self.scale is not None:
+            logits = normalize_logits(logits, self.scale)
+        true = ops.one_hot(y, logits.shape[-1], dtype="bool")
+        zeros = ops.zeros_like(logits)
+        others = ops.logsumexp(ops.where(true, zeros - np.inf, logits), axis=-1)
+        return ops.sum(ops.where(true, logits, zeros), axis=-1) - others
+
+    def log_loss_factors(self, values):
+        """Return ln(dl/dm)^2 of each example: 2 ln sigmoid(-m)."""
+        return -2 * np.logaddexp(0, values)
+
+
+class BinaryLogOdds(CategoricalLogOdds):
+    """m = z for the positive class and -z for the negative, for sigmoid cross-entropy.
+
+    Args:
+        from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+    """
+
+    def __init__(self, from_logits):
+        super().__init__(from_logits, None)
+
+    def labels(self, y, outputs):
+        """Return the signs, 1 for labels of at least 0.5, else -1."""
+        if y.size != len(y) or not np.all((y >= 0) & (y <= 1)):
+            raise ValueError(
+                "`y` must hold one number from 0 to 1 an example. "
+                f"Received: y of shape {y.shape} and dtype {y.dtype}, from {y.min()} to {y.max()}"
+            )
+        return np.where(y.reshape(-1) >= 0.5, 1.0, -1.0)
+
+    def __call__(self, x, y, outputs):
+        logits = _logits(outputs, self.from_logits, lambda p: ops.log(p) - ops.log1p(-p))
+        return ops.reshape(logits, (-1,)) * ops.cast(y, logits.dtype)
+
+
+class ExampleLoss:
+    """The compiled loss of each example, for any other loss.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def labels(self, y, outputs):
+        """Return the labels as they are."""
+        return y
+
+    def __call__(self, x, y, outputs):
+        loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        return ops.reshape(ops.cast(loss, "float64"), (1,))
+
+    def log_loss_factors(self, values):
+        """Return zeros: the rows are gradients of the loss itself."""
+        return np.zeros_like(values)
+
+
+def _logits(outputs, from_logits, inverse):
+    """Return the logits in float64, from before the last activation where it can be seen."""
+    if not from_logits:
+        # Keras notes on a softmax's or sigmoid's output what it was made of.
+        logits = getattr(outputs, "_keras_logits", None)
+        if logits is None:
+            warnings.warn(
+                "The model does not end in a softmax or sigmoid that Keras can look behind, so "
+                "its outputs are taken as probabilities p and its logits as ln p, or "
+                "ln p - ln(1 - p) for one output. Let the model return logits and compile it "
+                "with a loss with `from_logits=True` if that is wrong.",
+                stacklevel=2,
+            )
+            return inverse(ops.cast(outputs, "float64"))
+        outputs = logits
+    return ops.cast(outputs, "float64")

@@ -1,0 +1,5 @@
+"""Layers."""
+
+from keras_infomcr.layers.logit_normalization import LogitNormalization
+
+__all__ = ["LogitNormalization"]

@@ -1,0 +1,78 @@
+"""What `fit` logs of a regulariser."""
+
+import math
+import warnings
+
+import keras
+
+
+class RegularizerMonitor:
+    """Keeps the mean over an epoch of a regulariser's value.
+
+    Not a `keras.metrics.Metric` on the model: those are returned by `evaluate` and
+    `train_on_batch`, which return what a plain `keras.Model` returns.
+
+    Args:
+        num_sub_batches: Integer, into how many sub-batches a batch should be cut.
+    """
+
+    def __init__(self, num_sub_batches):
+        self.num_sub_batches = num_sub_batches
+        self.mean = keras.metrics.Mean(name="infomcr_reg")
+        self.full_batches = keras.metrics.Sum(name="full_batches")
+        self._warned = set()
+
+    def update(self, value, batch_size):
+        """Take in the value on a batch; part of the compiled training step."""
+        self.mean.update_state(value, sample_weight=batch_size)
+        self.full_batches.update_state(
+            keras.ops.cast(batch_size >= self.num_sub_batches, "float32")
+        )
+
+    def reset(self):
+        """Begin an epoch."""
+        self.mean.reset_state()
+        self.full_batches.reset_state()
+
+    def result(self):
+        """Return the mean since the epoch began, NaN if the regulariser never acted."""
+        if not float(self.mean.count):
+            return math.nan
+        if not float(self.full_batches.result()):
+            self._warn_once(
+                "No batch held as many examples as there are sub-batches, so each example was a "
+                f"sub-batch of its own. Received: num_sub_batches={self.num_sub_batches}. "
+                "Use a larger batch or fewer sub-batches."
+            )
+        value = float(self.mean.result())
+        if not math.isfinite(value):
+            self._warn_once(
+                f"The regulariser is not finite. Received: infomcr_reg={value}. The data hold "
+                "NaN or infinity, or training has diverged: check the data, lower the learning "
+                "rate, `alpha` or `beta`."
+            )
+        return value
+
+    def _warn_once(self, message):
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+class LogRegularizer(keras.callbacks.Callback):
+    """Write the mean of the regulariser into the logs of each epoch.
+
+    Args:
+        monitor: A `RegularizerMonitor`.
+    """
+
+    def __init__(self, monitor):
+        super().__init__()
+        self.monitor = monitor
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.monitor.reset()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs["infomcr_reg"] = self.monitor.result()

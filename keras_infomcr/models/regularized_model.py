@@ -1,0 +1,294 @@
+"""A `keras.Model` whose training step is regularised."""
+
+import contextlib
+
+import keras
+from keras.src.models.functional import Functional  # not exported; stands here since Keras 3.0
+
+from keras_infomcr import backend, objective, regularizers, validation
+from keras_infomcr.models.learning_rate_peak import LearningRatePeak
+from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
+
+
+@keras.saving.register_keras_serializable("keras_infomcr")
+class RegularizedModel(keras.Model):
+    """A `keras.Model` that trains towards flat minima.
+
+    Made in every way a `keras.Model` is made: `RegularizedModel(inputs, outputs)`, a subclass
+    with `call()`, a subclass that calls `super().__init__(inputs=..., outputs=...)`; or
+    `RegularizedModel.from_model(model)`. It differs in its training step alone, and in one
+    argument of `compile`. In the logs of `fit`, `infomcr_reg` is the value of the regulariser, the
+    mean over the epoch, NaN while the gate was closed.
+
+    Attributes:
+        regularizer: The `keras_infomcr.regularizers.Regularizer` given to `compile`, or `None`.
+            Its coefficient is live: see `Regularizer.strength`.
+        regularizer_active: Boolean, the gate. Assigned at any time, also by a callback in `fit`,
+            it takes effect with the next batch. While `False` the step is Keras's own.
+            Defaults to `True`.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((64,))
+    outputs = keras.layers.Dense(10)(keras.layers.Dense(32, "gelu")(inputs))
+    model = RegularizedModel(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    ```
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020 (https://arxiv.org/abs/1911.08192).
+    """
+
+    regularizer = None
+    _regularizer_active = True
+    _monitor = None
+    # The compiled step of the other position of the gate, so that flipping back costs nothing.
+    _other_train_function = None
+
+    def __new__(cls, *args, **kwargs):
+        if cls is RegularizedModel and _is_functional(args, kwargs):
+            cls = RegularizedFunctional
+        model = super().__new__(cls, *args, **kwargs)
+        # Past Keras's tracking: saved with the weights, yet no weight and no metric.
+        object.__setattr__(model, "learning_rate_peak", LearningRatePeak(model))
+        return model
+
+    def __init__(self, *args, **kwargs):
+        if _is_functional(args, kwargs) and not isinstance(self, Functional):
+            _make_functional(type(self))
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_model(cls, model):
+        """Make a regularised model that shares the layers, hence the weights, of another.
+
+        Args:
+            model: A `keras.Model`: Functional, Sequential or subclassed. It is not changed.
+
+        Returns:
+            A `RegularizedModel`, not compiled. Of a Functional or built Sequential model it has
+            the same layers; any other is wrapped, and its weight files are those of the model
+            that it wraps.
+
+        Raises:
+            TypeError: If `model` is not a `keras.Model`.
+            ValueError: If its class overrides `train_step`, `compute_loss` or `compute_metrics`,
+                which the regularised model would not call.
+        """
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                "`model` must be a `keras.Model`. "
+                f"Received: model={model!r} (of type {type(model)})"
+            )
+        if isinstance(model, RegularizedModel):
+            return model
+        if type(model) is Functional:
+            return RegularizedModel(model.input, model.output, name=model.name)
+        if type(model) is keras.Sequential and model.built:
+            return RegularizedModel(model.inputs, model.outputs, name=model.name)
+        for method in ("train_step", "compute_loss", "compute_metrics"):
+            if getattr(type(model), method) is not getattr(keras.Model, method):
+                raise ValueError(
+                    f"`model` must not override `{method}`, which would not be called. "
+                    f"Received: model={model!r} (of type {type(model)}). "
+                    "Derive its class from `RegularizedModel` instead of `keras.Model`."
+                )
+        return WrappedModel(model)
+
+    def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
+        """Configure the model for training.
+
+        Args:
+            *args: As for `keras.Model.compile`.
+            regularizer: A `keras_infomcr.regularizers.Regularizer`, its name, or `None` for plain
+                Keras. Defaults to `"sub_batch_perturbation"`: `SubBatchPerturbation()`.
+            **kwargs: As for `keras.Model.compile`.
+
+        Raises:
+            ValueError: If `regularizer` is none of these.
+        """
+        regularizer = regularizers.get(regularizer)
+        super().compile(*args, **kwargs)
+        if regularizer is not None:
+            regularizer.check(self)
+            self._monitor = RegularizerMonitor(regularizer.num_sub_batches)
+        self.regularizer = regularizer
+        self._other_train_function = None
+        self.learning_rate_peak.reset()
+
+    @property
+    def regularizer_active(self):
+        return self._regularizer_active
+
+    @regularizer_active.setter
+    def regularizer_active(self, active):
+        validation.boolean(regularizer_active=active)
+        if active == self._regularizer_active:
+            return
+        self._regularizer_active = bool(active)
+        before = self.train_function
+        self.train_function = self._other_train_function
+        self._other_train_function = before
+        if before is not None:
+            self.make_train_function()
+
+    def make_train_function(self, force=False):
+        if force:
+            self._other_train_function = None
+        return super().make_train_function(force)
+
+    def train_step(self, *args):
+        if self.regularizer is None or not self.regularizer_active or not self._is_trainable():
+            return super().train_step(*args)
+        return backend.train_step(objective.Objective(self), self.regularizer, self._monitor, *args)
+
+    def _is_trainable(self):
+        return bool(self.trainable_variables) or not self.built
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        *args,
+        **kwargs,
+    ):
+        """Train the model, as `keras.Model.fit`, with `infomcr_reg` in the logs."""
+        if self.regularizer is not None:
+            callbacks = _with_log(callbacks, LogRegularizer(self._monitor))
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+
+    @property
+    def losses(self):
+        losses = super().losses
+        if not objective.weight_penalties_excluded():
+            return losses
+        # Keras lists the penalties of the trainable variables last.
+        penalties = sum(v.regularizer is not None for v in self.trainable_variables)
+        return losses[: len(losses) - penalties]
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config.get("optimizer"):
+            # Inside the optimizer's entry, where Keras ignores it: `keras.models.clone_model`
+            # hands this to plain models too, whose `compile` would refuse another argument.
+            config["optimizer"]["keras_infomcr"] = {
+                "regularizer": keras.saving.serialize_keras_object(self.regularizer),
+                "regularizer_active": self.regularizer_active,
+            }
+        return config
+
+    def compile_from_config(self, config):
+        if type(self).compile is not RegularizedModel.compile:
+            return super().compile_from_config(config)  # Keras's warning: compile is custom
+        config = dict(config)
+        ours = (config.get("optimizer") or {}).get("keras_infomcr", {})
+        if ours:
+            config["optimizer"] = {
+                k: v for k, v in config["optimizer"].items() if k != "keras_infomcr"
+            }
+        config = keras.saving.deserialize_keras_object(config)
+        regularizer = {"regularizer": ours["regularizer"]} if ours else {}
+        self.compile(**config, **regularizer)
+        self.regularizer_active = ours.get("regularizer_active", True)
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+
+@keras.saving.register_keras_serializable("keras_infomcr")
+class RegularizedFunctional(RegularizedModel, Functional):
+    """What `RegularizedModel(inputs, outputs)` makes, so that Keras rewrites no class's bases."""
+
+
+@keras.saving.register_keras_serializable("keras_infomcr")
+class WrappedModel(RegularizedModel):
+    """What `RegularizedModel.from_model` makes of a model that has no graph of layers.
+
+    Args:
+        model: A `keras.Model`.
+        name: String, name of the model. Defaults to that of `model`.
+        **kwargs: As for `keras.Model`.
+    """
+
+    def __init__(self, model, name=None, **kwargs):
+        super().__init__(name=name or model.name, **kwargs)
+        self.model = model
+        self.built = model.built
+
+    def call(self, inputs, training=None):
+        return self.model(inputs)
+
+    def save_weights(self, *args, **kwargs):
+        """Save the weights, and the optimizer's, as the wrapped model does."""
+        with self._state_lent_to_wrapped():
+            self.model.save_weights(*args, **kwargs)
+
+    def load_weights(self, *args, **kwargs):
+        """Load the weights, and the optimizer's, as the wrapped model does."""
+        with self._state_lent_to_wrapped():
+            self.model.load_weights(*args, **kwargs)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "model": keras.saving.serialize_keras_object(self.model),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        model = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
+        return cls(model, **config)
+
+    @contextlib.contextmanager
+    def _state_lent_to_wrapped(self):
+        """Let the wrapped model's weight files hold what a compiled model's would."""
+        lent = {"learning_rate_peak": self.learning_rate_peak}
+        if self.compiled:
+            lent["optimizer"] = self.optimizer
+        own = {name: self.model.__dict__[name] for name in lent if name in self.model.__dict__}
+        for name, value in lent.items():
+            object.__setattr__(self.model, name, value)
+        try:
+            yield
+        finally:
+            for name in lent:
+                object.__delattr__(self.model, name)
+            for name, value in own.items():
+                object.__setattr__(self.model, name, value)
+
+
+def _is_functional(args, kwargs):
+    """Return whether a `keras.Model` with these arguments is made of inputs and outputs."""
+    return len(args) == 2 or ("outputs" in kwargs and (len(args) == 1 or "inputs" in kwargs))
+
+
+def _make_functional(cls):
+    """Base a user's class on the functional variant; the public class stays as it is."""
+    cls.__bases__ = tuple(_functional_base(base) for base in cls.__bases__)
+
+
+def _functional_base(base):
+    if base is RegularizedModel:
+        return RegularizedFunctional
+    if issubclass(base, RegularizedModel):
+        _make_functional(base)
+    return base
+
+
+def _with_log(callbacks, log):
+    """Put a callback before the user's, so that theirs see what it writes."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        log.set_params(callbacks.params)
+        log.set_model(callbacks.model)
+        callbacks.callbacks[:] = [
+            log, *(x for x in callbacks.callbacks if not isinstance(x, LogRegularizer))
+        ]  # fmt: skip
+        return callbacks
+    return [log, *keras.tree.flatten(callbacks or [])]

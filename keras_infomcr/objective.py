@@ -1,0 +1,172 @@
+"""A Keras model as a pure function of its weights.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` (the one list of
+all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss` with or without
+`training`), `_call_has_training_arg`, `_dtype_policy` (see `_true_float32`).
+"""
+
+import contextlib
+import threading
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_infomcr import backend
+
+HALF_PRECISION = ("float16", "bfloat16")
+
+_here = threading.local()
+
+
+class Batch(NamedTuple):
+    """A batch, or a slice of one.
+
+    Attributes:
+        x: Inputs, any structure of arrays.
+        y: Targets, likewise, or `None`.
+        sample_weight: Sample weights, likewise, or `None`.
+        rows: Indices of the examples in the batch that this is a tiled slice of, else `None`.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+    rows: Any = None
+
+
+class Objective:
+    """The compiled loss L of a model, without weight penalties, as a pure function.
+
+    `objective(weights, state, batch) -> loss, (predictions, new_state)` computes as in training
+    and leaves the model as it was: weights, batch-norm statistics, seeds and metrics.
+
+    It computes in float32 at least, whatever the dtype policy: the difference of two gradients
+    at points as near as w and w - alpha g is lost in half precision.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def weights(self):
+        """Return the trainable variables as a list of arrays."""
+        return [keras.ops.convert_to_tensor(v.value) for v in self.model.trainable_variables]
+
+    def state(self):
+        """Return the non-trainable variables, seeds included, as a list of arrays."""
+        return [keras.ops.convert_to_tensor(v.value) for v in self.model.non_trainable_variables]
+
+    def __call__(self, weights, state, batch):
+        """Return the loss with, as auxiliary, the predictions and the new state."""
+        state = self._rows_of_state(state, batch.rows)
+        with self.at(weights, state, training=True) as (predict, scope):
+            predictions = predict(batch.x)
+            loss = self.model._compute_loss(
+                batch.x, batch.y, predictions, batch.sample_weight, training=True
+            )
+            new_state = [scope.get_current_value(v) for v in self.model.non_trainable_variables]
+        # Under a strategy Keras divides the loss by the number of replicas.
+        return loss * backend.num_replicas(), (predictions, new_state)
+
+    @contextlib.contextmanager
+    def at(self, weights, state, training):
+        """Open a scope in which the model stands at the given weights and state.
+
+        Yields:
+            The function `x -> predictions` and the `keras.StatelessScope`, which collects updates.
+        """
+        model = self.model
+        kwargs = {"training": training} if model._call_has_training_arg else {}
+        mapping = [
+            *zip(model.trainable_variables, weights),
+            *zip(model.non_trainable_variables, state),
+        ]
+        scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
+        with _true_float32(model), _weight_penalties_excluded(), scope:
+            yield lambda x: model(x, **kwargs), scope
+
+    def sub_batches(self, batch, count):
+        """Return `count` nearly equal slices of a batch with their fractions of it."""
+        slices = backend.sub_batches(batch[:3], count, fixed_size=bool(self._example_states()))
+        return [(fraction, Batch(*parts, rows)) for fraction, parts, rows in slices]
+
+    def advance(self, state, new_state):
+        """Return the state with the seeds advanced, so that no two sub-batches share masks."""
+        return [
+            old if "float" in keras.backend.standardize_dtype(old.dtype) else new
+            for old, new in zip(state, new_state)
+        ]
+
+    def _example_states(self):
+        """Return the positions in the state that hold one row an example (stateful RNNs)."""
+        layers = [x for x in self.model._flatten_layers() if getattr(x, "stateful", False)]
+        ids = {id(v) for layer in layers for v in keras.tree.flatten(getattr(layer, "states", []))}
+        return [i for i, v in enumerate(self.model.non_trainable_variables) if id(v) in ids]
+
+    def _rows_of_state(self, state, rows):
+        if rows is None:
+            return state
+        positions = self._example_states()
+        return [
+            keras.ops.take(value, rows, axis=0) if i in positions else value
+            for i, value in enumerate(state)
+        ]
+
+
+def weight_penalties_excluded():
+    """Say whether this thread is inside an evaluation that leaves weight penalties out."""
+    return getattr(_here, "without_penalties", False)
+
+
+@contextlib.contextmanager
+def _weight_penalties_excluded():
+    before = weight_penalties_excluded()
+    _here.without_penalties = True
+    try:
+        yield
+    finally:
+        _here.without_penalties = before
+
+
+class _TrueFloat32(keras.DTypePolicy):
+    """Stands in for a half-precision policy: float32 in the threads that ask for it.
+
+    `MirroredStrategy` traces one thread a replica and may switch between them in mid-pass, so
+    that another thread can meet the stand-in: there it is the policy that it stands in for.
+    """
+
+    def __init__(self, policy, compute_dtype):
+        super().__init__(f"mixed_{compute_dtype}")
+        self.policy = policy
+        self.users = 0
+
+    @property
+    def compute_dtype(self):
+        return "float32" if getattr(_here, "float32", False) else self._compute_dtype
+
+
+@contextlib.contextmanager
+def _true_float32(model):
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer._dtype_policy, _TrueFloat32)
+        or (layer.compute_dtype in HALF_PRECISION and layer.variable_dtype == "float32")
+    ]
+    for layer in layers:
+        if not isinstance(layer._dtype_policy, _TrueFloat32):
+            # Not by the public setter, which would write into a shared `DTypePolicyMap`.
+            layer._dtype_policy = _TrueFloat32(layer._dtype_policy, layer.compute_dtype)
+        layer._dtype_policy.users += 1
+    before = getattr(_here, "float32", False)
+    _here.float32 = True
+    try:
+        yield
+    finally:
+        _here.float32 = before
+        for layer in layers:
+            layer._dtype_policy.users -= 1
+            if not layer._dtype_policy.users:
+                layer._dtype_policy = layer._dtype_policy.policy

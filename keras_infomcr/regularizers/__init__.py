@@ -1,0 +1,35 @@
+"""What may be passed as `RegularizedModel.compile(regularizer=...)`."""
+
+import keras
+
+from keras_infomcr.regularizers.regularizer import Regularizer
+from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
+
+__all__ = ["Regularizer", "SubBatchPerturbation", "get"]
+
+_BY_NAME = {"sub_batch_perturbation": SubBatchPerturbation}
+
+
+def get(identifier):
+    """Return a regulariser from a name, an instance, its serialised form or `None`.
+
+    Args:
+        identifier: A name (`"sub_batch_perturbation"`), a `Regularizer`, what
+            `keras.saving.serialize_keras_object` made of one, or `None`.
+
+    Returns:
+        A `Regularizer`, or `None`.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if identifier is None or isinstance(identifier, Regularizer):
+        return identifier
+    if isinstance(identifier, str) and identifier in _BY_NAME:
+        return _BY_NAME[identifier]()
+    if isinstance(identifier, dict):
+        return get(keras.saving.deserialize_keras_object(identifier))
+    raise ValueError(
+        f"`regularizer` must be a `Regularizer` instance, `None` or one of {sorted(_BY_NAME)}. "
+        f"Received: regularizer={identifier!r} (of type {type(identifier)})"
+    )

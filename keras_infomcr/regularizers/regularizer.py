@@ -1,0 +1,66 @@
+"""What `RegularizedModel.compile(regularizer=...)` takes."""
+
+import abc
+
+import keras
+
+from keras_infomcr import validation
+
+
+class Regularizer(abc.ABC):
+    """Base class of the regularisers.
+
+    A regulariser is a rule that turns a model's objective and a batch into a gradient to add to
+    the training gradient. It holds hyper-parameters alone, no reference to a model.
+
+    Subclasses define `__call__(objective, batch)`, which returns an object with
+
+    * `value`: the value of the regulariser, a scalar, for the logs;
+    * `gradient`: list like the weights, `None` where there is none. It is multiplied by
+      `strength` and added to the training gradient;
+
+    and `get_config()`.
+
+    Args:
+        strength: Float, 0 or greater. The coefficient of the regulariser. It is live: assigned
+            at any time, also inside `fit`, it takes effect with the next batch and without
+            re-tracing.
+
+    Attributes:
+        strength: A `keras.Variable`. Assign a float to change its value.
+    """
+
+    def __init__(self, strength):
+        validation.non_negative(strength=strength)
+        # float64, so that the value is the float that was given whatever the weights' dtype.
+        self._strength = keras.Variable(strength, dtype="float64", trainable=False, name="strength")
+
+    @property
+    def strength(self):
+        return self._strength
+
+    @strength.setter
+    def strength(self, value):
+        value = float(value)
+        validation.non_negative(strength=value)
+        self._strength.assign(value)
+
+    @abc.abstractmethod
+    def __call__(self, objective, batch):
+        """Return the value and the gradient on a batch."""
+
+    def gives_main_gradient(self, model):
+        """Return whether the result of `__call__` also holds the gradient of the loss itself."""
+        return False
+
+    def check(self, model):  # noqa: B027 (most regularisers have nothing to check)
+        """Raise or warn if the model, as compiled, does not fit the regulariser."""
+
+    @abc.abstractmethod
+    def get_config(self):
+        """Return the constructor's arguments as a dictionary."""
+
+    @classmethod
+    def from_config(cls, config):
+        """Make a regulariser from what `get_config` returned."""
+        return cls(**config)

@@ -1,0 +1,137 @@
+"""The regulariser of InfoMCR."""
+
+import warnings
+
+import keras
+
+from keras_infomcr import backend, validation
+from keras_infomcr.core.paired_evaluations import paired_evaluations
+from keras_infomcr.objective import HALF_PRECISION
+from keras_infomcr.regularizers import coupling
+from keras_infomcr.regularizers.regularizer import Regularizer
+
+
+@keras.saving.register_keras_serializable("keras_infomcr")
+class SubBatchPerturbation(Regularizer):
+    """Penalise sub-batch gradients by a finite difference of the loss (InfoMCR).
+
+    A batch B is cut into M contiguous sub-batches B_i of b_i examples. With g_i the gradient of
+    the loss L(B_i, w), held constant, the regulariser is
+
+        R_alpha(w) = sum_i (b_i/B) [ L(B_i, w) - L(B_i, w - alpha g_i) ]
+
+    and a training step follows the gradient of L(B, w) + penalties + beta R_alpha(w). To first
+    order R_alpha is alpha times the mean of ||g_i||^2, a sample of the trace of the Fisher
+    information. L is the compiled loss, with `add_loss` terms and without weight penalties.
+    The difference is taken in float32 at least, whatever the dtype policy.
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
+    The paper has b_i/B = 1/M, which is the same when M divides B.
+
+    Args:
+        alpha: Float, greater than 0. Step of the finite difference, in units of the weights per
+            unit of the gradient. Defaults to 1e-4, the paper's.
+        beta: Float, 0 or greater. Coefficient of R_alpha; the paper tries 1 to 100. It is live:
+            `model.regularizer.beta = 20.0` takes effect with the next batch. Defaults to 10.
+        num_sub_batches: Integer, at least 1. M, the number of sub-batches; a batch smaller than
+            that is cut into single examples. Defaults to 8, the paper's.
+        main_gradient: Where the gradient of L(B, w) comes from.
+            `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
+            (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
+            normalisation then sees sub-batches, its moving variance their mean variance.
+            `"auto"`: the second where the numbers are known to be the same (no layer couples
+            the examples of a batch or draws random numbers, losses are means over the examples),
+            else the first. Defaults to `"auto"`.
+
+    Attributes:
+        beta: The live coefficient, a `keras.Variable`. Assign a float to change it.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    model.compile("sgd", "mse", regularizer=SubBatchPerturbation(beta=20.0))
+    ```
+    """
+
+    beta = Regularizer.strength
+
+    def __init__(self, alpha=1e-4, beta=10.0, num_sub_batches=8, main_gradient="auto"):
+        validation.positive(alpha=alpha)
+        validation.non_negative(beta=beta)
+        validation.integer(minimum=1, num_sub_batches=num_sub_batches)
+        validation.one_of("auto", "full_batch", "sub_batches", main_gradient=main_gradient)
+        super().__init__(beta)
+        self.alpha = alpha
+        self.num_sub_batches = num_sub_batches
+        self.main_gradient = main_gradient
+
+    def __call__(self, objective, batch):
+        """Return the `PairedEvaluations` of a batch."""
+        self._check_weights(objective.model)
+        value_and_grad = backend.value_and_grad(objective)
+
+        def evaluate(weights, state, sub_batch):
+            (loss, (predictions, new_state)), gradients = value_and_grad(weights, state, sub_batch)
+            return loss, gradients, predictions, new_state
+
+        return paired_evaluations(
+            evaluate,
+            objective.weights(),
+            objective.state(),
+            objective.sub_batches(batch, max(1, self.num_sub_batches // backend.num_replicas())),
+            self.alpha,
+            advance=objective.advance,
+            multiply=lambda scalar, array: keras.ops.cast(scalar, array.dtype) * array,
+        )
+
+    def gives_main_gradient(self, model):
+        """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
+        averages = coupling.is_mean_over_examples(model)
+        stateful = coupling.has_state_by_example(model)
+        if self.main_gradient == "auto":
+            return averages and not stateful and coupling.maps_each_example_by_itself(model)
+        if self.main_gradient == "sub_batches" and not averages:
+            raise ValueError(
+                "The loss must be a mean over the examples where the training gradient is the "
+                'mean over sub-batches. Received: main_gradient="sub_batches" and '
+                f'loss={model.loss!r}. Use `main_gradient="full_batch"`.'
+            )
+        if self.main_gradient == "sub_batches" and stateful:
+            raise ValueError(
+                "Stateful recurrent layers must see whole batches. Received: "
+                'main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
+            )
+        return self.main_gradient == "sub_batches"
+
+    def check(self, model):
+        """Warn where the device would drown the finite difference in rounding."""
+        if backend.low_precision_products():
+            warnings.warn(
+                "TensorFloat-32 is on: float32 matrix products round like half precision, and "
+                "the difference between the gradients at w and w - alpha g drowns. Call "
+                "`tf.config.experimental.enable_tensor_float_32_execution(False)`.",
+                stacklevel=3,
+            )
+
+    def get_config(self):
+        """Return the constructor's arguments, `beta` at its present value."""
+        return {
+            "alpha": self.alpha,
+            "beta": float(self.beta),
+            "num_sub_batches": self.num_sub_batches,
+            "main_gradient": self.main_gradient,
+        }
+
+    @staticmethod
+    def _check_weights(model):
+        halves = [v.path for v in model.trainable_variables if v.dtype in HALF_PRECISION]
+        if halves:
+            raise ValueError(
+                "Weights must be float32 or float64: in half precision w - alpha g is w. "
+                f"Received: half-precision weights {halves}. Use the dtype policy "
+                '"mixed_float16" or "mixed_bfloat16".'
+            )

@@ -1,0 +1,52 @@
+"""Checks of arguments, each error in Keras's form: what must hold, what was received."""
+
+import math
+import numbers
+
+
+def positive(**arguments):
+    """Require finite numbers greater than zero."""
+    _require(arguments, lambda v: _is_finite(v) and v > 0, "a finite number greater than 0")
+
+
+def non_negative(**arguments):
+    """Require finite numbers, zero or greater."""
+    _require(arguments, lambda v: _is_finite(v) and v >= 0, "a finite number, 0 or greater")
+
+
+def fraction(**arguments):
+    """Require numbers greater than zero, one at most."""
+    _require(arguments, lambda v: _is_finite(v) and 0 < v <= 1, "a number in (0, 1]")
+
+
+def integer(*, minimum, **arguments):
+    """Require integers of at least `minimum`."""
+    _require(
+        arguments,
+        lambda v: isinstance(v, numbers.Integral) and not _is_bool(v) and v >= minimum,
+        f"an integer of at least {minimum}",
+    )
+
+
+def boolean(**arguments):
+    """Require `True` or `False`."""
+    _require(arguments, _is_bool, "`True` or `False`")
+
+
+def one_of(*choices, **arguments):
+    """Require one of the listed values."""
+    _require(arguments, lambda v: v in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+def _is_bool(value):
+    return isinstance(value, bool) or type(value).__name__ == "bool_"
+
+
+def _is_finite(value):
+    return isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value)
+
+
+def _require(arguments, holds, what):
+    for name, value in arguments.items():
+        if not holds(value):
+            raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
