@@ -52,11 +52,11 @@ class Objective:
 
     def weights(self):
         """Return the trainable variables as a list of arrays."""
-        return [keras.ops.convert_to_tensor(v.value) for v in self.model.trainable_variables]
+        return [keras.ops.copy(v) for v in self.model.trainable_variables]
 
     def state(self):
         """Return the non-trainable variables, seeds included, as a list of arrays."""
-        return [keras.ops.convert_to_tensor(v.value) for v in self.model.non_trainable_variables]
+        return [keras.ops.copy(v) for v in self.model.non_trainable_variables]
 
     def __call__(self, weights, state, batch):
         """Return the loss with, as auxiliary, the predictions and the new state."""

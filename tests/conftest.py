@@ -20,7 +20,7 @@ def fresh_keras():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    keras.backend.clear_session()
+    keras.utils.clear_session(free_memory=False)
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ FRAMEWORKS = {"tensorflow", "jax", "torch"}
 MAY_IMPORT = {
     "version": set(),
     "validation": set(),
+    "scalars": set(),
     "core": set(),
     "backend": set(),
     "objective": {"backend", "core"},
     "layers": {"validation"},
-    "regularizers": {"validation", "core", "backend", "objective"},
+    "regularizers": {"validation", "scalars", "core", "backend", "objective"},
     "flatness": {"validation", "core", "backend", "objective", "layers"},
-    "models": {"validation", "backend", "objective", "regularizers"},
-    "callbacks": {"validation", "models", "flatness"},
+    "models": {"validation", "scalars", "backend", "objective", "regularizers"},
+    "callbacks": {"validation", "scalars", "models", "flatness"},
 }
 
 

@@ -29,29 +29,36 @@ def jacobian(function, coupled):
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(weights)
             values = function(weights, *args)
-        rows = tape.jacobian(
-            values,
-            weights,
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            experimental_use_pfor=False,
+        selectors = tf.eye(tf.shape(values)[0], dtype=values.dtype)
+        rows = tf.map_fn(
+            lambda selector: _gradients(tape, values, weights, selector),
+            selectors,
+            fn_output_signature=_specs(weights),
         )
         return values, rows
 
-    def row(weights, example):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            value = function(weights, *tf.nest.map_structure(lambda a: a[None], example))[0]
-        gradients = tape.gradient(
-            value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        return value, [_dense(g) for g in gradients]
-
     def by_example(weights, *args):
-        first = tf.nest.map_structure(lambda a: a[0], args)
-        signature = tf.nest.map_structure(tf.type_spec_from_value, row(weights, first))
-        return tf.map_fn(lambda e: row(weights, e), args, fn_output_signature=signature)
+        def one(example):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                value = function(weights, *tf.nest.map_structure(lambda a: a[None], example))[0]
+            return value, _gradients(tape, value, weights)
 
-    return tf.function(whole if coupled else by_example, reduce_retracing=True)
+        signature = tf.TensorSpec((), tf.float64), _specs(weights)
+        return tf.map_fn(one, args, fn_output_signature=signature)
+
+    function_of_arrays = whole if coupled else by_example
+    return tf.function(function_of_arrays, reduce_retracing=True, autograph=False)
+
+
+def _gradients(tape, value, weights, selector=None):
+    zero = tf.UnconnectedGradients.ZERO
+    gradients = tape.gradient(value, weights, selector, unconnected_gradients=zero)
+    return [_dense(g) for g in gradients]
+
+
+def _specs(weights):
+    return [tf.TensorSpec(w.shape, w.dtype) for w in weights]
 
 
 def sub_batches(batch, count, fixed_size=False):

@@ -83,7 +83,9 @@ class GammaHatCallback(keras.callbacks.Callback):
         check_settings(**self._settings)
 
     def on_train_begin(self, logs=None):
-        x, y = self.data if isinstance(self.data, (tuple, list)) else (self.data, None)
+        x, y = self.data, None
+        if isinstance(x, tuple):
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(x)
         self._estimator = GammaHatEstimator(self.model, x, y, **self._settings)
         self._measured = False
         if self.model.built:

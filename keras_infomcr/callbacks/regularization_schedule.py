@@ -4,6 +4,7 @@ import keras
 
 from keras_infomcr import validation
 from keras_infomcr.callbacks.regularized_model_callback import RegularizedModelCallback
+from keras_infomcr.scalars import to_float
 
 
 class RegularizationSchedule(RegularizedModelCallback):
@@ -51,7 +52,7 @@ class RegularizationSchedule(RegularizedModelCallback):
         else:
             self.model.regularizer.strength = self.schedule(epoch)
         if self.verbose:
-            strength = float(self.model.regularizer.strength)
+            strength = to_float(self.model.regularizer.strength)
             print(f"Epoch {epoch + 1}: strength of the regulariser is {strength:g}.")
 
     def on_train_batch_begin(self, batch, logs=None):

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.callbacks.regularized_model_callback import RegularizedModelCallback
+from keras_infomcr.scalars import to_float
 
 
 class StartRegAfterLRDrop(RegularizedModelCallback):
@@ -64,7 +65,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
             return
         if not self._recalled:
             self._recall()
-        rate = float(self.model.optimizer.learning_rate)
+        rate = to_float(self.model.optimizer.learning_rate)
         peak = self.model.learning_rate_peak.update(rate)
         due = self.start_epoch is not None and self._epoch >= self.start_epoch
         if due or rate < self.ratio * peak:
@@ -90,8 +91,8 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         self._recalled = True
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         schedule = getattr(optimizer, "_learning_rate", None)
-        steps = int(self.model.optimizer.iterations)
+        steps = int(to_float(self.model.optimizer.iterations))
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule) and steps:
             # A sample will do: the rate changes little over a thousandth of the steps.
             for step in np.unique(np.linspace(0, steps - 1, 1000).astype(int)):
-                self.model.learning_rate_peak.update(float(schedule(step)))
+                self.model.learning_rate_peak.update(to_float(schedule(step)))

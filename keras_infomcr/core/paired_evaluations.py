@@ -58,11 +58,11 @@ def paired_evaluations(
         here, g, prediction, new_state = evaluate(weights, state, batch)
         moved = [w if d is None else w - alpha * d for w, d in zip(weights, g)]
         there, h, _, _ = evaluate(moved, state, batch)
-        difference = [None if a is None else a - b for a, b in zip(g, h)]
+        difference = _add(g, [None if b is None else -b for b in h])
         value = value + multiply(fraction, here - there)
         loss = loss + multiply(fraction, here)
-        gradient = _accumulate(gradient, fraction, difference, multiply)
-        loss_gradient = _accumulate(loss_gradient, fraction, g, multiply)
+        gradient = _add(gradient, _scale(fraction, difference, multiply))
+        loss_gradient = _add(loss_gradient, _scale(fraction, g, multiply))
         predictions.append(prediction)
         states.append(new_state)
         fractions.append(fraction)
@@ -70,6 +70,10 @@ def paired_evaluations(
     return PairedEvaluations(value, gradient, loss, loss_gradient, predictions, states, fractions)
 
 
-def _accumulate(totals, fraction, terms, multiply):
-    terms = [None if term is None else multiply(fraction, term) for term in terms]
-    return [b if a is None else a + b for a, b in zip(totals, terms)]
+def _scale(fraction, terms, multiply):
+    return [None if term is None else multiply(fraction, term) for term in terms]
+
+
+def _add(totals, terms):
+    """Add lists of arrays, `None` counting as zero."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(totals, terms)]

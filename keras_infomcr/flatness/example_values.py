@@ -5,6 +5,7 @@ grad l = -sigmoid(-m) grad m. The factor is taken out of the determinant: the ro
 their size where p_c rounds to 1 and grad l to 0.
 """
 
+import contextlib
 import math
 import warnings
 
@@ -13,8 +14,6 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr.layers.logit_normalization import normalize_logits
-
-_CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 
 
 def example_values(model, outputs, normalize_softmax, softmax_scale):
@@ -33,24 +32,31 @@ def example_values(model, outputs, normalize_softmax, softmax_scale):
         ValueError: If logits are to be normalised and the loss is no softmax cross-entropy.
     """
     losses = keras.tree.flatten(model.loss)
-    loss = keras.losses.get(losses[0]) if len(losses) == 1 else None
+    single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
+    loss = keras.losses.get(losses[0]) if single else None
     name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
-    from_logits = getattr(loss, "from_logits", False)
     usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
-    if usual and name in (n.lower() for n in _CATEGORICAL):
-        return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
-    if normalize_softmax:
+    categorical = usual and name in ("sparsecategoricalcrossentropy", "categoricalcrossentropy")
+    binary = usual and name == "binarycrossentropy" and math.prod(_only(outputs).shape) == 1
+    if normalize_softmax and not categorical:
         raise ValueError(
             "`normalize_softmax` needs a model compiled with one softmax cross-entropy. "
             f"Received: normalize_softmax=True and loss={model.loss!r}"
         )
-    if usual and name == "binarycrossentropy" and _is_single(outputs):
+    if not categorical and not binary:
+        return ExampleLoss(model)
+    from_logits = getattr(loss, "from_logits", False)
+    if not from_logits and not hasattr(_only(outputs), "_keras_logits"):
+        warnings.warn(
+            "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
+            "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
+            "for one output. Let the model return logits and compile it with a loss with "
+            "`from_logits=True` if that is wrong.",
+            stacklevel=4,
+        )
+    if binary:
         return BinaryLogOdds(from_logits)
-    return ExampleLoss(model)
-
-
-def _is_single(outputs):
-    return not keras.tree.is_nested(outputs) and math.prod(outputs.shape) == 1
+    return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
 
 
 class CategoricalLogOdds:
@@ -67,16 +73,18 @@ class CategoricalLogOdds:
 
     def labels(self, y, outputs):
         """Return classes as integers, of labels that are integers, one-hot or soft."""
+        y, outputs = _only(y), _only(outputs)
         if len(outputs.shape) != 2 or outputs.shape[-1] < 2:
             raise ValueError(
                 "The model must give a row of at least 2 class scores an example. "
                 f"Received: outputs of shape {tuple(outputs.shape)}"
             )
         num_classes = outputs.shape[-1]
-        if y.ndim == 2 and y.shape[-1] == num_classes:
+        is_number = np.issubdtype(y.dtype, np.number)
+        if y.ndim == 2 and y.shape[-1] == num_classes and is_number and np.all(y.max(-1) > 0):
             return np.argmax(y, axis=-1).astype("int32")
         flat = y.reshape(-1) if y.size == len(y) else y
-        fits = flat.ndim == 1 and np.issubdtype(flat.dtype, np.number)
+        fits = flat.ndim == 1 and is_number
         if not (fits and np.all((flat >= 0) & (flat < num_classes) & (flat == np.floor(flat)))):
             raise ValueError(
                 f"`y` must hold integers from 0 to {num_classes - 1}, or rows of {num_classes} "
@@ -96,7 +104,8 @@ class CategoricalLogOdds:
 
     def log_loss_factors(self, values):
         """Return ln(dl/dm)^2 of each example: 2 ln sigmoid(-m)."""
-        return -2 * np.logaddexp(0, values)
+        with np.errstate(invalid="ignore"):  # NaN is reported with its cause by `gamma_hat`
+            return -2 * np.logaddexp(0, values)
 
 
 class BinaryLogOdds(CategoricalLogOdds):
@@ -111,10 +120,13 @@ class BinaryLogOdds(CategoricalLogOdds):
 
     def labels(self, y, outputs):
         """Return the signs, 1 for labels of at least 0.5, else -1."""
-        if y.size != len(y) or not np.all((y >= 0) & (y <= 1)):
+        y = _only(y)
+        is_number = np.issubdtype(y.dtype, np.number) or y.dtype == bool
+        if y.size != len(y) or not is_number or not np.all((y >= 0) & (y <= 1)):
             raise ValueError(
                 "`y` must hold one number from 0 to 1 an example. "
-                f"Received: y of shape {y.shape} and dtype {y.dtype}, from {y.min()} to {y.max()}"
+                f"Received: y of shape {y.shape} and dtype {y.dtype}"
+                + (f", from {y.min()} to {y.max()}" if is_number else "")
             )
         return np.where(y.reshape(-1) >= 0.5, 1.0, -1.0)
 
@@ -138,7 +150,8 @@ class ExampleLoss:
         return y
 
     def __call__(self, x, y, outputs):
-        loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        with _no_weight_penalties(self.model):
+            loss = self.model._compute_loss(x, y, outputs, None, training=False)
         return ops.reshape(ops.cast(loss, "float64"), (1,))
 
     def log_loss_factors(self, values):
@@ -146,19 +159,31 @@ class ExampleLoss:
         return np.zeros_like(values)
 
 
+@contextlib.contextmanager
+def _no_weight_penalties(model):
+    """Take the penalties out of the loss of any model, a plain `keras.Model` too."""
+    penalties = [(v, v.regularizer) for v in model.trainable_variables]
+    for variable, _ in penalties:
+        variable.regularizer = None
+    try:
+        yield
+    finally:
+        for variable, penalty in penalties:
+            variable.regularizer = penalty
+
+
+def _only(structure):
+    """Return the one leaf of a structure."""
+    return keras.tree.flatten(structure)[0]
+
+
 def _logits(outputs, from_logits, inverse):
     """Return the logits in float64, from before the last activation where it can be seen."""
-    if not from_logits:
-        # Keras notes on a softmax's or sigmoid's output what it was made of.
-        logits = getattr(outputs, "_keras_logits", None)
-        if logits is None:
-            warnings.warn(
-                "The model does not end in a softmax or sigmoid that Keras can look behind, so "
-                "its outputs are taken as probabilities p and its logits as ln p, or "
-                "ln p - ln(1 - p) for one output. Let the model return logits and compile it "
-                "with a loss with `from_logits=True` if that is wrong.",
-                stacklevel=2,
-            )
-            return inverse(ops.cast(outputs, "float64"))
-        outputs = logits
-    return ops.cast(outputs, "float64")
+    outputs = _only(outputs)
+    if from_logits:
+        return ops.cast(outputs, "float64")
+    # Keras notes on a softmax's or sigmoid's output what it was made of.
+    logits = getattr(outputs, "_keras_logits", None)
+    if logits is None:
+        return inverse(ops.cast(outputs, "float64"))
+    return ops.cast(logits, "float64")

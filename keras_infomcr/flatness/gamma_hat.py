@@ -66,7 +66,7 @@ def gamma_hat(
 
     Args:
         model: A compiled and built `keras.Model`.
-        x: Array or structure of arrays `[N, ...]`; or a `tf.data.Dataset`, a
+        x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset` or another iterable of batches `(x, y)`, of which the first
             `num_examples * num_trials` examples are read.
         y: Labels: integers, one-hot or soft; `None` if `x` gives batches.
@@ -145,8 +145,9 @@ class GammaHatEstimator:
             self.prepare()
         parts = np.array([self._measure_trial(rows) for rows in self._trials])
         trials = parts.sum(axis=1)
-        spread = np.std(trials, ddof=1) if len(trials) > 1 else math.nan
-        stderr = float(spread / math.sqrt(len(trials))) if np.isfinite(spread) else math.nan
+        stderr = math.nan
+        if len(trials) > 1 and np.all(np.isfinite(trials)):
+            stderr = float(np.std(trials, ddof=1)) / math.sqrt(len(trials))
         log_loss, geometry = (float(part) for part in parts.mean(axis=0))
         return GammaHat(float(trials.mean()), stderr, trials, log_loss, geometry)
 
@@ -170,10 +171,13 @@ class GammaHatEstimator:
 
     def prepare(self):
         """Check that the model is built, and the labels against its loss and outputs."""
-        if not self.model.built or not self.model.trainable_variables:
+        if not self.model.built:
             raise ValueError(
-                "The model must be built and have trainable weights. "
-                f"Received: model={self.model!r}. Call it on data first."
+                f"The model must be built. Received: model={self.model!r}. Call it on data first."
+            )
+        if not self.model.trainable_variables:
+            raise ValueError(
+                f"The model must have trainable weights. Received: model={self.model!r} without."
             )
         objective = Objective(self.model)
         first = keras.tree.map_structure(lambda a: a[:1], self._x)
@@ -215,7 +219,7 @@ class GammaHatEstimator:
                 gram += _gram(matrix)
         values = np.concatenate([np.asarray(v, dtype="float64") for v in values])
         log_loss = float(np.sum(self._values.log_loss_factors(values)))
-        epsilon = np.finfo(matrix.dtype).eps
+        epsilon = float(np.spacing(matrix.dtype.type(1)))
         geometry, cause = log_determinant(gram, epsilon, self._num_weights)
         if cause and not self._warned:
             self._warned = True

@@ -61,4 +61,4 @@ def normalize_logits(logits, scale):
     squares = ops.sum(ops.square(relative), axis=-1, keepdims=True)
     # 1 in place of 0 before the root: its gradient at 0 is infinite.
     norm = ops.sqrt(ops.where(squares > 0, squares, ops.ones_like(squares)))
-    return relative / (norm * scale)
+    return ops.where(squares > 0, relative / (norm * scale), ops.zeros_like(relative))

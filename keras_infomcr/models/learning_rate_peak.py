@@ -4,6 +4,8 @@ import weakref
 
 import keras
 
+from keras_infomcr.scalars import to_float
+
 
 class LearningRatePeak(keras.metrics.Metric):
     """Remembers the peak of the learning rate across interruptions of a run.
@@ -53,4 +55,4 @@ class LearningRatePeak(keras.metrics.Metric):
             self._loaded_at = int(store["iterations"][()])
 
     def _iterations(self):
-        return int(self._model().optimizer.iterations)
+        return int(to_float(self._model().optimizer.iterations))

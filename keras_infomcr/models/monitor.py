@@ -5,6 +5,8 @@ import warnings
 
 import keras
 
+from keras_infomcr.scalars import to_float
+
 
 class RegularizerMonitor:
     """Keeps the mean over an epoch of a regulariser's value.
@@ -36,15 +38,15 @@ class RegularizerMonitor:
 
     def result(self):
         """Return the mean since the epoch began, NaN if the regulariser never acted."""
-        if not float(self.mean.count):
+        if not to_float(self.mean.count):
             return math.nan
-        if not float(self.full_batches.result()):
+        if not to_float(self.full_batches.result()):
             self._warn_once(
                 "No batch held as many examples as there are sub-batches, so each example was a "
                 f"sub-batch of its own. Received: num_sub_batches={self.num_sub_batches}. "
                 "Use a larger batch or fewer sub-batches."
             )
-        value = float(self.mean.result())
+        value = to_float(self.mean.result())
         if not math.isfinite(value):
             self._warn_once(
                 f"The regulariser is not finite. Received: infomcr_reg={value}. The data hold "

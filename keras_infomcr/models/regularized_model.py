@@ -55,7 +55,7 @@ class RegularizedModel(keras.Model):
         object.__setattr__(model, "learning_rate_peak", LearningRatePeak(model))
         return model
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs):  # Keras looks for just these two names
         if _is_functional(args, kwargs) and not isinstance(self, Functional):
             _make_functional(type(self))
         super().__init__(*args, **kwargs)
@@ -86,8 +86,8 @@ class RegularizedModel(keras.Model):
             return model
         if type(model) is Functional:
             return RegularizedModel(model.input, model.output, name=model.name)
-        if type(model) is keras.Sequential and model.built:
-            return RegularizedModel(model.inputs, model.outputs, name=model.name)
+        if type(model) is keras.Sequential and hasattr(model, "inputs"):
+            return RegularizedModel(model.inputs[0], _unpack(model.outputs), name=model.name)
         for method in ("train_step", "compute_loss", "compute_metrics"):
             if getattr(type(model), method) is not getattr(keras.Model, method):
                 raise ValueError(
@@ -219,6 +219,8 @@ class WrappedModel(RegularizedModel):
         super().__init__(name=name or model.name, **kwargs)
         self.model = model
         self.built = model.built
+        # Without it Keras trains the model as it would in inference; so does it wrapped.
+        self._call_has_training_arg = model._call_has_training_arg
 
     def call(self, inputs, training=None):
         return self.model(inputs)
@@ -262,6 +264,10 @@ class WrappedModel(RegularizedModel):
                 object.__delattr__(self.model, name)
             for name, value in own.items():
                 object.__setattr__(self.model, name, value)
+
+
+def _unpack(tensors):
+    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _is_functional(args, kwargs):

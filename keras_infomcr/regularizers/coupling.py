@@ -25,7 +25,7 @@ _BY_EXAMPLE = (
 
 
 def is_mean_over_examples(model):
-    """Return whether the compiled losses are means over the examples of the batch.
+    """Return whether the compiled losses say that they are means over the examples of the batch.
 
     Only then is L(B) = sum_i (b_i/B) L(B_i) for a model that maps each example by itself.
     """
@@ -34,14 +34,17 @@ def is_mean_over_examples(model):
     return reductions <= {"sum_over_batch_size", "mean"}
 
 
-def maps_each_example_by_itself(model):
+def couples_no_examples(model):
     """Return whether the model is known to couple no two examples of a batch in training.
 
-    Known are Functional models of listed Keras layers, with Keras's own loss computation. Random
-    layers are left out: slices would see other masks than the full batch does.
+    Known are Functional models of listed Keras layers with Keras's own losses. Random layers are
+    left out: slices would see other masks than the full batch does.
     """
+    losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
     return (
         type(model).compute_loss is keras.Model.compute_loss
+        and is_mean_over_examples(model)
+        and all(map(_is_loss_by_example, losses))
         and _is_graph_of_known_layers(model)
         and not any(layer.activity_regularizer for layer in model._flatten_layers())
         and not any(layer.compute_dtype in HALF_PRECISION for layer in model._flatten_layers())
@@ -53,17 +56,36 @@ def has_state_by_example(model):
     return any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
 
 
+def _is_loss_by_example(loss):
+    loss = keras.losses.get(loss)
+    loss = getattr(loss, "fn", loss)
+    # Dice and Tversky reduce over the whole batch whatever their `reduction`.
+    over_batch = (keras.losses.dice, keras.losses.tversky)
+    return _is_of_keras(loss) and loss not in over_batch
+
+
 def _is_graph_of_known_layers(model):
-    """Return whether all operations of a Functional model, nested ones included, are known."""
-    operations = getattr(model, "operations", None)
-    return operations is not None and all(
+    """Return whether all operations of a model, nested ones included, are known."""
+    if not _is_of_keras(type(model).call):
+        return False
+    operations = model.layers if isinstance(model, keras.Sequential) else model.operations
+    return all(map(_is_known, operations))
+
+
+def _is_known(operation):
+    if isinstance(operation, keras.Model):
+        return _is_of_keras(type(operation)) and _is_graph_of_known_layers(operation)
+    if type(operation) is layers.BatchNormalization:
+        return not operation.trainable
+    axes = keras.tree.flatten(getattr(operation, "axis", -1))
+    activation = getattr(operation, "activation", None)
+    return (
         type(operation) in _BY_EXAMPLE
-        or (isinstance(operation, layers.BatchNormalization) and not operation.trainable)
-        or _is_plain_graph(operation)
-        for operation in operations
+        and all(axis == -1 or axis > 0 for axis in axes)
+        and (activation is None or _is_of_keras(activation))
     )
 
 
-def _is_plain_graph(operation):
-    plain = type(operation).__module__.startswith("keras.")
-    return plain and isinstance(operation, keras.Model) and _is_graph_of_known_layers(operation)
+def _is_of_keras(definition):
+    module = getattr(definition, "__module__", type(definition).__module__)
+    return module.split(".")[0] == "keras"

@@ -5,6 +5,7 @@ import abc
 import keras
 
 from keras_infomcr import validation
+from keras_infomcr.scalars import to_float
 
 
 class Regularizer(abc.ABC):
@@ -41,7 +42,7 @@ class Regularizer(abc.ABC):
 
     @strength.setter
     def strength(self, value):
-        value = float(value)
+        value = to_float(value)
         validation.non_negative(strength=value)
         self._strength.assign(value)
 

@@ -9,6 +9,7 @@ from keras_infomcr.core.paired_evaluations import paired_evaluations
 from keras_infomcr.objective import HALF_PRECISION
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer
+from keras_infomcr.scalars import to_float
 
 
 @keras.saving.register_keras_serializable("keras_infomcr")
@@ -93,7 +94,7 @@ class SubBatchPerturbation(Regularizer):
         averages = coupling.is_mean_over_examples(model)
         stateful = coupling.has_state_by_example(model)
         if self.main_gradient == "auto":
-            return averages and not stateful and coupling.maps_each_example_by_itself(model)
+            return coupling.couples_no_examples(model)
         if self.main_gradient == "sub_batches" and not averages:
             raise ValueError(
                 "The loss must be a mean over the examples where the training gradient is the "
@@ -121,7 +122,7 @@ class SubBatchPerturbation(Regularizer):
         """Return the constructor's arguments, `beta` at its present value."""
         return {
             "alpha": self.alpha,
-            "beta": float(self.beta),
+            "beta": to_float(self.beta),
             "num_sub_batches": self.num_sub_batches,
             "main_gradient": self.main_gradient,
         }
