@@ -5,6 +5,7 @@ import warnings
 
 import keras
 
+from keras_infomcr import backend
 from keras_infomcr.scalars import to_float
 
 
@@ -27,9 +28,8 @@ class RegularizerMonitor:
     def update(self, value, batch_size):
         """Take in the value on a batch; part of the compiled training step."""
         self.mean.update_state(value, sample_weight=batch_size)
-        self.full_batches.update_state(
-            keras.ops.cast(batch_size >= self.num_sub_batches, "float32")
-        )
+        is_full = batch_size * backend.num_replicas() >= self.num_sub_batches
+        self.full_batches.update_state(keras.ops.cast(is_full, "float32"))
 
     def reset(self):
         """Begin an epoch."""
@@ -55,6 +55,15 @@ class RegularizerMonitor:
             )
         return value
 
+    def explain_inaction(self):
+        """Warn that the regulariser should have acted and did not."""
+        if not to_float(self.mean.count):
+            self._warn_once(
+                "The regulariser did not act although `regularizer_active=True`: the model's "
+                "`train_step` did not call that of `RegularizedModel`, or has no trainable "
+                "weights. Call `super().train_step(data)`, or compile with `regularizer=None`."
+            )
+
     def _warn_once(self, message):
         if message not in self._warned:
             self._warned.add(message)
@@ -74,7 +83,11 @@ class LogRegularizer(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.monitor.reset()
+        self._expected = self.model.regularizer_active
 
     def on_epoch_end(self, epoch, logs=None):
+        value = self.monitor.result()
+        if math.isnan(value) and self._expected and self.model.regularizer_active:
+            self.monitor.explain_inaction()
         if logs is not None:
-            logs["infomcr_reg"] = self.monitor.result()
+            logs["infomcr_reg"] = value

@@ -3,6 +3,7 @@
 import abc
 
 import keras
+import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.scalars import to_float
@@ -33,8 +34,10 @@ class Regularizer(abc.ABC):
 
     def __init__(self, strength):
         validation.non_negative(strength=strength)
-        # float64, so that the value is the float that was given whatever the weights' dtype.
-        self._strength = keras.Variable(strength, dtype="float64", trainable=False, name="strength")
+        # float64 throughout, so that float64 weights feel the float that was given.
+        self._strength = keras.Variable(
+            np.array(strength, "float64"), dtype="float64", trainable=False, name="strength"
+        )
 
     @property
     def strength(self):
@@ -44,7 +47,7 @@ class Regularizer(abc.ABC):
     def strength(self, value):
         value = to_float(value)
         validation.non_negative(strength=value)
-        self._strength.assign(value)
+        self._strength.assign(np.array(value, "float64"))
 
     @abc.abstractmethod
     def __call__(self, objective, batch):
