@@ -49,6 +49,8 @@ class Objective:
 
     def __init__(self, model):
         self.model = model
+        # A training step changes them before the sub-batches, which start from the same, are seen.
+        self._carried = [(v, keras.ops.copy(v)) for v in self._carried_variables()]
 
     def weights(self):
         """Return the trainable variables as a list of arrays."""
@@ -60,8 +62,7 @@ class Objective:
 
     def __call__(self, weights, state, batch):
         """Return the loss with, as auxiliary, the predictions and the new state."""
-        state = self._rows_of_state(state, batch.rows)
-        with self.at(weights, state, training=True) as (predict, scope):
+        with self.at(weights, state, training=True, rows=batch.rows) as (predict, scope):
             predictions = predict(batch.x)
             loss = self.model._compute_loss(
                 batch.x, batch.y, predictions, batch.sample_weight, training=True
@@ -71,8 +72,14 @@ class Objective:
         return loss * backend.num_replicas(), (predictions, new_state)
 
     @contextlib.contextmanager
-    def at(self, weights, state, training):
+    def at(self, weights, state, training, rows=None):
         """Open a scope in which the model stands at the given weights and state.
+
+        Args:
+            weights: List of arrays, the trainable variables.
+            state: List of arrays, the non-trainable variables.
+            training: Boolean, as for the model's `call`.
+            rows: Indices of the examples whose carried states stateful RNNs begin with.
 
         Yields:
             The function `x -> predictions` and the `keras.StatelessScope`, which collects updates.
@@ -82,6 +89,7 @@ class Objective:
         mapping = [
             *zip(model.trainable_variables, weights),
             *zip(model.non_trainable_variables, state),
+            *self._carried_states(rows),
         ]
         scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
         with _true_float32(model), _weight_penalties_excluded(), scope:
@@ -89,7 +97,9 @@ class Objective:
 
     def sub_batches(self, batch, count):
         """Return `count` nearly equal slices of a batch with their fractions of it."""
-        slices = backend.sub_batches(batch[:3], count, fixed_size=bool(self._example_states()))
+        carried = self._carried_variables()
+        fixed_size = carried[0].shape[0] if carried else None
+        slices = backend.sub_batches(batch[:3], count, fixed_size)
         return [(fraction, Batch(*parts, rows)) for fraction, parts, rows in slices]
 
     def advance(self, state, new_state):
@@ -99,20 +109,20 @@ class Objective:
             for old, new in zip(state, new_state)
         ]
 
-    def _example_states(self):
-        """Return the positions in the state that hold one row an example (stateful RNNs)."""
+    def _carried_variables(self):
+        """Return the variables in which stateful RNNs carry a state for each row of the batch."""
         layers = [x for x in self.model._flatten_layers() if getattr(x, "stateful", False)]
-        ids = {id(v) for layer in layers for v in keras.tree.flatten(getattr(layer, "states", []))}
-        return [i for i, v in enumerate(self.model.non_trainable_variables) if id(v) in ids]
+        states = keras.tree.flatten([getattr(layer, "states", None) for layer in layers])
+        return list({id(v): v for v in states if isinstance(v, keras.Variable)}.values())
 
-    def _rows_of_state(self, state, rows):
+    def _carried_states(self, rows):
         if rows is None:
-            return state
-        positions = self._example_states()
-        return [
-            keras.ops.take(value, rows, axis=0) if i in positions else value
-            for i, value in enumerate(state)
+            return []
+        # A model built by this very step began with states of zero.
+        carried = self._carried or [
+            (v, keras.ops.zeros(v.shape, v.dtype)) for v in self._carried_variables()
         ]
+        return [(v, keras.ops.take(value, rows, axis=0)) for v, value in carried]
 
 
 def weight_penalties_excluded():

@@ -7,7 +7,7 @@ Arrays are the framework's own; `weights` and `state` are lists of them, in the 
 * `value_and_grad(function)`: `f(weights, *args) -> ((value, auxiliary), gradients)` of a
   `function(weights, *args) -> (value, auxiliary)`; gradients are dense, `None` where the value
   does not depend on the weight.
-* `jacobian(function, coupled)`: compiled `f(weights, *args) -> (values, rows)` of a
+* `jacobian(function, coupled, compiled)`: `f(weights, *args) -> (values, rows)` of a
   `function(weights, *args) -> values` of shape `[n]`, float64; `rows[k]` has shape
   `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of `args` alone.
 * `sub_batches(batch, count, fixed_size)`: M nearly equal contiguous slices of a batch.

@@ -22,8 +22,8 @@ def value_and_grad(function):
     return differentiated
 
 
-def jacobian(function, coupled):
-    """Return compiled `f(weights, *args) -> (values, rows)`."""
+def jacobian(function, coupled, compiled=True):
+    """Return `f(weights, *args) -> (values, rows)`."""
 
     def whole(weights, *args):
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
@@ -47,8 +47,8 @@ def jacobian(function, coupled):
         signature = tf.TensorSpec((), tf.float64), _specs(weights)
         return tf.map_fn(one, args, fn_output_signature=signature)
 
-    function_of_arrays = whole if coupled else by_example
-    return tf.function(function_of_arrays, reduce_retracing=True, autograph=False)
+    rows_of = whole if coupled else by_example
+    return tf.function(rows_of, reduce_retracing=True, autograph=False) if compiled else rows_of
 
 
 def _gradients(tape, value, weights, selector=None):
@@ -61,7 +61,7 @@ def _specs(weights):
     return [tf.TensorSpec(w.shape, w.dtype) for w in weights]
 
 
-def sub_batches(batch, count, fixed_size=False):
+def sub_batches(batch, count, fixed_size=None):
     """Cut a batch into `count` contiguous slices, as `numpy.array_split` does.
 
     A batch of B < count examples gives B slices of one example; where B is not known while
@@ -70,22 +70,21 @@ def sub_batches(batch, count, fixed_size=False):
     Args:
         batch: Structure of dense, ragged or sparse tensors and `None`.
         count: Integer, number of slices.
-        fixed_size: Boolean, whether to tile each slice to the size of the batch, for models
-            whose state holds one row an example.
+        fixed_size: Integer, the size of the batch, for models that see no other: each slice is
+            tiled to it. `None` for all other models.
 
     Returns:
         List of `(fraction, slice, rows)`: `fraction` a float64 scalar, b_i/B; `rows` the indices
         of the slice's examples in the batch where it is tiled, else `None`.
     """
-    size = _batch_size(batch)
+    size = fixed_size or _batch_size(batch)
     known = isinstance(size, int)
     if known:
         count = min(count, size)
-    if fixed_size and not (known and size % count == 0):
+    if fixed_size and size % count:
         raise ValueError(
             "The batch size must be a multiple of `num_sub_batches` where recurrent layers are "
-            f"stateful. Received: batch size={size if known else None}, num_sub_batches={count}. "
-            "Change one of them, or drop the remainder of the data set."
+            f"stateful. Received: batch size={size}, num_sub_batches={count}. Change one of them."
         )
     base, surplus = size // count, size % count
     slices = []
@@ -179,7 +178,8 @@ def _main_pass_from(result, model, x, y, sample_weight):
         _add(None if g is None else _times(unit, g), p, unit)
         for g, p in zip(result.loss_gradient, penalty_gradients)
     ]
-    y_pred = tf.nest.map_structure(lambda *parts: _concatenate(parts), *result.predictions)
+    size = _batch_size((x, y))
+    y_pred = tf.nest.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
     # For the losses of single outputs, which Keras tracks while it computes the total.
     model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     _track_loss(model, result.loss + tf.cast(penalty, result.loss.dtype), x)
@@ -262,9 +262,10 @@ def _slice(array, start, stop):
     )
 
 
-def _concatenate(parts):
-    whole = tf.concat(parts, axis=0)
+def _concatenate(parts, size):
+    """Join the predictions of slices, without the surplus ones, which stand last."""
+    whole = tf.concat(parts, axis=0)[:size]
     masks = [getattr(part, "_keras_mask", None) for part in parts]
     if all(mask is not None for mask in masks):
-        whole._keras_mask = tf.concat(masks, axis=0)
+        whole._keras_mask = tf.concat(masks, axis=0)[:size]
     return whole

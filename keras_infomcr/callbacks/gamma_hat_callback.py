@@ -27,7 +27,8 @@ class GammaHatCallback(keras.callbacks.Callback):
         normalize_softmax: Boolean, whether to normalise the logits. Defaults to `False`.
         softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
-            to 1.
+            to 1, which `EarlyStopping` and `ModelCheckpoint` on `gamma_hat` need: their first
+            NaN would count as the best.
         training: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `False`.
         chunk_size: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
@@ -87,9 +88,17 @@ class GammaHatCallback(keras.callbacks.Callback):
         if isinstance(x, tuple):
             x, y, _ = keras.utils.unpack_x_y_sample_weight(x)
         self._estimator = GammaHatEstimator(self.model, x, y, **self._settings)
-        self._measured = False
-        if self.model.built:
+        self._measured = self._prepared = False
+        self._prepare()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._prepare()
+
+    def _prepare(self):
+        """Check labels against outputs as soon as there are any: some models wait for a batch."""
+        if self.model.built and not self._prepared:
             self._estimator.prepare()
+            self._prepared = True
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs

@@ -16,7 +16,8 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
     The gate `model.regularizer_active` is closed when training begins and opened before the
     first batch whose learning rate is below `ratio` times the highest that a batch has used. So
     it follows schedule objects, `ReduceLROnPlateau`, `LearningRateScheduler` and any other way
-    to change the rate, in any order of callbacks; a rise (warm-up) is no drop. A run resumed by
+    to change the rate, in any order of callbacks; a rise (warm-up) is no drop. (A callback that
+    changes the rate in `on_train_batch_begin` must stand before this one.) A run resumed by
     `BackupAndRestore` or from a `.keras` file remembers its highest rate.
 
     The paper's reason: "in the beginning our regularizer can result in great numerical errors".
@@ -52,6 +53,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         self.verbose = verbose
 
     def on_train_begin(self, logs=None):
+        self._gate_before = self.model.regularizer_active
         self.model.regularizer_active = False
         self._epoch = None
         self._recalled = False
@@ -77,7 +79,9 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
                 )
 
     def on_train_end(self, logs=None):
-        if not self.model.regularizer_active:
+        if not self._recalled:  # there was no batch to train on
+            self.model.regularizer_active = self._gate_before
+        elif not self.model.regularizer_active:
             warnings.warn(
                 "The regulariser never started: the learning rate did not drop below "
                 f"`ratio` times its peak. Received: ratio={self.ratio}, "

@@ -52,7 +52,7 @@ def example_values(model, outputs, normalize_softmax, softmax_scale):
             "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
             "for one output. Let the model return logits and compile it with a loss with "
             "`from_logits=True` if that is wrong.",
-            stacklevel=4,
+            stacklevel=5,
         )
     if binary:
         return BinaryLogOdds(from_logits)

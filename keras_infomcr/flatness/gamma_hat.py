@@ -143,7 +143,10 @@ class GammaHatEstimator:
         """
         if self._jacobians is None:
             self.prepare()
-        parts = np.array([self._measure_trial(rows) for rows in self._trials])
+        parts = []
+        for rows in self._trials:
+            parts.append(self._measure_trial(rows))
+        parts = np.array(parts)
         trials = parts.sum(axis=1)
         stderr = math.nan
         if len(trials) > 1 and np.all(np.isfinite(trials)):
@@ -202,7 +205,7 @@ class GammaHatEstimator:
             with objective.at(every, objective.state(), self.training) as (predict, _):
                 return self._values(x, y, predict(x))
 
-        return backend.jacobian(values, coupled=self.training)
+        return backend.jacobian(values, self.training, compiled=not self.model.run_eagerly)
 
     def _measure_trial(self, rows):
         """Return the two parts of ln|xi| on the examples of a trial."""

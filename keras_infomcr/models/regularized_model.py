@@ -1,6 +1,8 @@
 """A `keras.Model` whose training step is regularised."""
 
 import contextlib
+import json
+import zipfile
 
 import keras
 from keras.src.models.functional import Functional  # not exported; stands here since Keras 3.0
@@ -230,10 +232,12 @@ class WrappedModel(RegularizedModel):
         with self._state_lent_to_wrapped():
             self.model.save_weights(*args, **kwargs)
 
-    def load_weights(self, *args, **kwargs):
+    def load_weights(self, filepath, *args, **kwargs):
         """Load the weights, and the optimizer's, as the wrapped model does."""
+        if _is_archive_of(type(self), filepath):
+            return super().load_weights(filepath, *args, **kwargs)
         with self._state_lent_to_wrapped():
-            self.model.load_weights(*args, **kwargs)
+            self.model.load_weights(filepath, *args, **kwargs)
 
     def get_config(self):
         return {
@@ -264,6 +268,14 @@ class WrappedModel(RegularizedModel):
                 object.__delattr__(self.model, name)
             for name, value in own.items():
                 object.__setattr__(self.model, name, value)
+
+
+def _is_archive_of(cls, filepath):
+    """Return whether a file is a `.keras` archive of a model of a class."""
+    if not str(filepath).endswith(".keras") or not zipfile.is_zipfile(filepath):
+        return False
+    with zipfile.ZipFile(filepath) as archive:
+        return json.loads(archive.read("config.json"))["class_name"] == cls.__name__
 
 
 def _unpack(tensors):

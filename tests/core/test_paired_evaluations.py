@@ -179,7 +179,12 @@ def test_fraction_zero_counts_for_nothing(quadratic, weights):
 
 def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
     result = paired_evaluations(
-        quadratic, weights, [], SUB_BATCHES, ALPHA, multiply=lambda scalar, array: 2 * scalar * array
+        quadratic,
+        weights,
+        [],
+        SUB_BATCHES,
+        ALPHA,
+        multiply=lambda scalar, array: 2 * scalar * array,
     )
     expected = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
     for field in ("value", "loss"):

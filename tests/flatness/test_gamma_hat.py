@@ -208,6 +208,25 @@ def test_models_of_all_kinds_against_svd(float64, data, make, inputs_of):
     assert measure(model, x, y, chunk_size=5).value == pytest.approx(expected, rel=1e-9)
 
 
+class Branching(keras.Model):
+    """Looks at its numbers, which works eagerly alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(NUM_CLASSES)
+
+    def call(self, inputs):
+        return self.dense(inputs) * (2.0 if float(keras.ops.sum(inputs)) > 0 else 1.0)
+
+
+def test_model_that_runs_eagerly(float64, data):
+    x, y = data
+    model = compiled(Branching(), run_eagerly=True)
+    model.fit(x, y, verbose=0)
+    rows = [rows_of_losses(model, x[i : i + 1], log_loss_of(y[i : i + 1])) for i in range(12)]
+    assert measure(model, x, y).value == pytest.approx(ln_xi(np.concatenate(rows)), rel=1e-9)
+
+
 @pytest.mark.parametrize("loss", ["from_logits", "of_probabilities"])
 def test_binary_cross_entropy_against_svd(float64, data, loss):
     x, y = data[0], data[1] % 2

@@ -23,7 +23,7 @@ RATE, MOMENTUM, PENALTY = 1 / 8, 7 / 8, 1 / 64  # exact in float32, through whic
 class SoftmaxRegression:
     """Cross-entropy of softmax(x W + b); parameters [W, b]."""
 
-    shapes = [(5, 3), (3,)]
+    shapes = ((5, 3), (3,))
 
     @staticmethod
     def layers(penalty):
@@ -39,7 +39,7 @@ class SoftmaxRegression:
 class TwoLayers:
     """Cross-entropy of softmax(tanh(x W + b) V + c); parameters [W, b, V, c]."""
 
-    shapes = [(5, 4), (4,), (4, 3), (3,)]
+    shapes = ((5, 4), (4,), (4, 3), (3,))
 
     @staticmethod
     def layers(penalty):
@@ -126,6 +126,7 @@ def make(net, penalty=0.0, **kwargs):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         regularizer=SubBatchPerturbation(**kwargs),
     )
+    model.optimizer.build(model.trainable_variables)  # else Keras traces the step twice
     return model
 
 
