@@ -143,10 +143,9 @@ class GammaHatEstimator:
         """
         if self._jacobians is None:
             self.prepare()
-        parts = []
-        for rows in self._trials:
-            parts.append(self._measure_trial(rows))
-        parts = np.array(parts)
+        parts = np.empty((len(self._trials), 2))
+        for i, rows in enumerate(self._trials):
+            parts[i] = self._measure_trial(rows)
         trials = parts.sum(axis=1)
         stderr = math.nan
         if len(trials) > 1 and np.all(np.isfinite(trials)):

@@ -93,7 +93,7 @@ def compiled(rate, make=functional, optimizer=None, regularizer="spy", **kwargs)
 
 def fit(model, callbacks, epochs=4, **kwargs):
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
-    return model.fit(data, epochs=epochs, verbose=0, callbacks=callbacks, **kwargs)
+    return model.fit(data, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks, **kwargs)
 
 
 def first_drop(ratio=0.99):
