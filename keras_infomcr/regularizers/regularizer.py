@@ -45,7 +45,7 @@ class Regularizer(abc.ABC):
 
     @strength.setter
     def strength(self, value):
-        value = to_float(value)
+        value = to_float(value) if hasattr(value, "shape") else value
         validation.non_negative(strength=value)
         self._strength.assign(np.array(value, "float64"))
 
