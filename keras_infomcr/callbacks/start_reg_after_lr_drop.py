@@ -96,6 +96,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         schedule = getattr(optimizer, "_learning_rate", None)
         steps = int(to_float(self.model.optimizer.iterations))
+        steps *= getattr(optimizer, "gradient_accumulation_steps", None) or 1
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule) and steps:
             # A sample will do: the rate changes little over a thousandth of the steps.
             for step in np.unique(np.linspace(0, steps - 1, 1000).astype(int)):

@@ -13,7 +13,8 @@ from keras_infomcr.flatness.example_values import ExampleLoss, example_values
 from keras_infomcr.flatness.examples import read_examples
 from keras_infomcr.objective import Objective
 
-# Rows of so many bytes are held at once; the weights are taken in groups that keep to it.
+# The weights are taken in groups whose rows, of all N' examples, take so many bytes at most; or
+# one weight at a time.
 _ROW_BYTES = 2**28
 
 
@@ -217,7 +218,8 @@ class GammaHatEstimator:
             weights = Objective(self.model).weights()[group]
             values, gradients = zip(*(jacobian(weights, *chunk) for chunk in chunks))
             for parts in zip(*gradients):
-                matrix = np.concatenate([np.asarray(p).reshape(len(p), -1) for p in parts])
+                rows_of_chunks = [np.asarray(p).reshape(len(p), -1) for p in parts]
+                matrix = np.concatenate(rows_of_chunks) if len(parts) > 1 else rows_of_chunks[0]
                 gram += _gram(matrix)
         values = np.concatenate([np.asarray(v, dtype="float64") for v in values])
         log_loss = float(np.sum(self._values.log_loss_factors(values)))

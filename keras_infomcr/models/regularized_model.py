@@ -1,15 +1,15 @@
 """A `keras.Model` whose training step is regularised."""
 
-import contextlib
-import json
-import zipfile
-
 import keras
 from keras.src.models.functional import Functional  # not exported; stands here since Keras 3.0
 
 from keras_infomcr import backend, objective, regularizers, validation
 from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
+
+_NOT_CALLED_WHEN_WRAPPED = (
+    "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics",
+)  # fmt: skip
 
 
 @keras.saving.register_keras_serializable("keras_infomcr")
@@ -76,8 +76,9 @@ class RegularizedModel(keras.Model):
 
         Raises:
             TypeError: If `model` is not a `keras.Model`.
-            ValueError: If its class overrides `train_step`, `compute_loss` or `compute_metrics`,
-                which the regularised model would not call.
+            ValueError: If its class overrides a method that the regularised model would not
+                call: `train_step`, `test_step`, `predict_step`, `compute_loss` or
+                `compute_metrics`.
         """
         if not isinstance(model, keras.Model):
             raise TypeError(
@@ -88,15 +89,17 @@ class RegularizedModel(keras.Model):
             return model
         if type(model) is Functional:
             return RegularizedModel(model.input, model.output, name=model.name)
-        if type(model) is keras.Sequential and hasattr(model, "inputs"):
-            return RegularizedModel(model.inputs[0], _unpack(model.outputs), name=model.name)
-        for method in ("train_step", "compute_loss", "compute_metrics"):
+        if type(model) is keras.Sequential and len(getattr(model, "outputs", [])) == 1:
+            return RegularizedModel(model.inputs[0], model.outputs[0], name=model.name)
+        for method in _NOT_CALLED_WHEN_WRAPPED:
             if getattr(type(model), method) is not getattr(keras.Model, method):
                 raise ValueError(
                     f"`model` must not override `{method}`, which would not be called. "
                     f"Received: model={model!r} (of type {type(model)}). "
                     "Derive its class from `RegularizedModel` instead of `keras.Model`."
                 )
+        from keras_infomcr.models.wrapped_model import WrappedModel  # which derives from this
+
         return WrappedModel(model)
 
     def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
@@ -109,9 +112,15 @@ class RegularizedModel(keras.Model):
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
-            ValueError: If `regularizer` is none of these.
+            ValueError: If `regularizer` is none of these, or the model has an attribute of that
+                name of its own.
         """
         regularizer = regularizers.get(regularizer)
+        if not isinstance(self.regularizer, (regularizers.Regularizer, type(None))):
+            raise ValueError(
+                "The attribute `regularizer` of a `RegularizedModel` is taken. "
+                f"Received: regularizer={self.regularizer!r}. Give yours another name."
+            )
         super().compile(*args, **kwargs)
         if regularizer is not None:
             regularizer.check(self)
@@ -207,97 +216,15 @@ class RegularizedFunctional(RegularizedModel, Functional):
     """What `RegularizedModel(inputs, outputs)` makes, so that Keras rewrites no class's bases."""
 
 
-@keras.saving.register_keras_serializable("keras_infomcr")
-class WrappedModel(RegularizedModel):
-    """What `RegularizedModel.from_model` makes of a model that has no graph of layers.
-
-    Args:
-        model: A `keras.Model`.
-        name: String, name of the model. Defaults to that of `model`.
-        **kwargs: As for `keras.Model`.
-    """
-
-    def __init__(self, model, name=None, **kwargs):
-        super().__init__(name=name or model.name, **kwargs)
-        self.model = model
-        self.built = model.built
-        # Without it Keras trains the model as it would in inference; so does it wrapped.
-        self._call_has_training_arg = model._call_has_training_arg
-
-    def call(self, inputs, training=None):
-        return self.model(inputs)
-
-    def save_weights(self, *args, **kwargs):
-        """Save the weights, and the optimizer's, as the wrapped model does."""
-        with self._state_lent_to_wrapped():
-            self.model.save_weights(*args, **kwargs)
-
-    def load_weights(self, filepath, *args, **kwargs):
-        """Load the weights, and the optimizer's, as the wrapped model does."""
-        if _is_archive_of(type(self), filepath):
-            return super().load_weights(filepath, *args, **kwargs)
-        with self._state_lent_to_wrapped():
-            self.model.load_weights(filepath, *args, **kwargs)
-
-    def get_config(self):
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            "model": keras.saving.serialize_keras_object(self.model),
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        model = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
-        return cls(model, **config)
-
-    @contextlib.contextmanager
-    def _state_lent_to_wrapped(self):
-        """Let the wrapped model's weight files hold what a compiled model's would."""
-        lent = {"learning_rate_peak": self.learning_rate_peak}
-        if self.compiled:
-            lent["optimizer"] = self.optimizer
-        own = {name: self.model.__dict__[name] for name in lent if name in self.model.__dict__}
-        for name, value in lent.items():
-            object.__setattr__(self.model, name, value)
-        try:
-            yield
-        finally:
-            for name in lent:
-                object.__delattr__(self.model, name)
-            for name, value in own.items():
-                object.__setattr__(self.model, name, value)
-
-
-def _is_archive_of(cls, filepath):
-    """Return whether a file is a `.keras` archive of a model of a class."""
-    if not str(filepath).endswith(".keras") or not zipfile.is_zipfile(filepath):
-        return False
-    with zipfile.ZipFile(filepath) as archive:
-        return json.loads(archive.read("config.json"))["class_name"] == cls.__name__
-
-
-def _unpack(tensors):
-    return tensors[0] if len(tensors) == 1 else tensors
-
-
 def _is_functional(args, kwargs):
     """Return whether a `keras.Model` with these arguments is made of inputs and outputs."""
     return len(args) == 2 or ("outputs" in kwargs and (len(args) == 1 or "inputs" in kwargs))
 
 
 def _make_functional(cls):
-    """Base a user's class on the functional variant; the public class stays as it is."""
-    cls.__bases__ = tuple(_functional_base(base) for base in cls.__bases__)
-
-
-def _functional_base(base):
-    if base is RegularizedModel:
-        return RegularizedFunctional
-    if issubclass(base, RegularizedModel):
-        _make_functional(base)
-    return base
+    """Base a user's class on the functional variant; all other classes stay as they are."""
+    bases = tuple(RegularizedFunctional if b is RegularizedModel else b for b in cls.__bases__)
+    cls.__bases__ = bases if RegularizedFunctional in bases else (*bases, RegularizedFunctional)
 
 
 def _with_log(callbacks, log):

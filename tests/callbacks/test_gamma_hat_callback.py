@@ -419,18 +419,19 @@ def test_errors_come_before_any_weight_changes(data, make, arguments, error, mes
     assert_refused_before_training(classifier(), data, callback, error, message)
 
 
-def test_labels_are_checked_before_an_unbuilt_model_trains(data):
+def test_labels_of_a_model_that_its_first_step_builds_are_checked_after_it(data):
     model = compiled(keras.Sequential([layers.Dense(NUM_CLASSES)]))
     callback = GammaHatCallback((data[0], data[1] + 3), **DRAW)
-    assert_refused_before_training(model, data, callback, ValueError, "`y` must hold integers")
+    message = "`y` must hold integers from 0 to 3"
+    assert_refused_before_training(model, data, callback, ValueError, message, num_steps=1)
 
 
-def assert_refused_before_training(model, data, callback, error, message):
+def assert_refused_before_training(model, data, callback, error, message, num_steps=0):
     steps = []
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
     with pytest.raises(error, match=re.escape(message)):
-        model.fit(*data, callbacks=[count, callback], verbose=0)
-    assert not steps
+        model.fit(*data, batch_size=5, callbacks=[count, callback], verbose=0)
+    assert len(steps) == num_steps
 
 
 def test_model_without_a_loss(data):

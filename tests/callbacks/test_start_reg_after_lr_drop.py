@@ -449,6 +449,20 @@ def test_resumes_the_file_of_a_plain_model(mechanism, tmp_path):
     assert_opened_at(2 * STEPS)
 
 
+def test_resumes_the_file_of_a_plain_model_with_gradient_accumulation(tmp_path):
+    """The schedule counts batches, `iterations` counts updates."""
+    rate = schedules.PiecewiseConstantDecay([1, 3], [0.01, 0.1, 0.05])
+    plain = plain_model()
+    plain.compile(keras.optimizers.SGD(rate, gradient_accumulation_steps=2), "mse")
+    fit(plain, [], epochs=2)
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    model = compiled(None, optimizer=RecordingSGD(rate, gradient_accumulation_steps=2))
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "plain.weights.h5")
+    fit(model, [StartRegAfterLRDrop()], epochs=3, initial_epoch=2)
+    assert len(ACTIVE) == STEPS
+
+
 def test_weights_of_another_run_are_no_resumption(tmp_path):
     """Without the optimizer's state, the rates of the run that made the file do not count."""
     model = compiled(None, optimizer=RecordingSGD(1.0, momentum=0.9))
@@ -461,6 +475,28 @@ def test_weights_of_another_run_are_no_resumption(tmp_path):
     with pytest.warns(UserWarning, match=NEVER):
         fit(model, [StartRegAfterLRDrop()], epochs=2)
     assert ACTIVE == []
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("make", [functional, wrapped])
+def test_a_file_that_remembers_the_peak_is_still_one_of_plain_keras(make, sharded, tmp_path):
+    model = compiled(0.1, make)
+    fit(model, [scheduler(), StartRegAfterLRDrop()], epochs=3)
+    path = tmp_path / ("model.weights.json" if sharded else "model.weights.h5")
+    model.save_weights(path, **({"max_shard_size": 1} if sharded else {}))
+    plain = plain_model() if make is functional else Net()
+    plain(X)
+    plain.compile(keras.optimizers.SGD(0.1), "mse")
+    plain.optimizer.build(plain.trainable_variables)
+    plain.load_weights(path)
+    np.testing.assert_array_equal(plain.get_weights()[0], model.get_weights()[0])
+    assert int(plain.optimizer.iterations) == 3 * STEPS
+    again = compiled(0.1, make)
+    again.optimizer.build(again.trainable_variables)
+    again.load_weights(path)
+    del ACTIVE[:]
+    fit(again, [StartRegAfterLRDrop()], initial_epoch=3)
+    assert len(ACTIVE) == STEPS
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -212,10 +212,7 @@ def test_every_way_trains_alike(way, expected_single):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize(
-    "way",
-    ["subclass", "subclass, build", "from deferred Sequential", "from subclass, training argument"],
-)
+@pytest.mark.parametrize("way", ["subclass", "from deferred Sequential"])
 def test_an_unbuilt_model_is_built_by_fit(way, eager):
     model = SINGLE[way]()
     regularizer = SubBatchPerturbation(num_sub_batches=2)
@@ -337,6 +334,22 @@ def test_grandchildren_of_both_kinds():
             assert model(X).shape == (8, 2)
 
 
+@pytest.mark.parametrize("functional_first", [False, True])
+def test_a_common_base_of_both_kinds(functional_first):
+    class Base(RegularizedModel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.tag = "common"
+
+    kinds = [make_functional_subclass(Base), make_subclass(Base)]
+    for cls in (kinds if functional_first else kinds[::-1]) * 2:
+        model = cls()
+        assert model.tag == "common"
+        assert isinstance(model, Base)
+        assert model(X).shape == (8, 2)
+    assert Base.__bases__ == (RegularizedModel,)
+
+
 def test_one_class_may_be_made_both_with_and_without_a_graph():
     Net = make_subclass_that_passes_on_arguments()
     assert isinstance(Net(*graph()), Functional)
@@ -456,6 +469,60 @@ def test_from_model_of_sequential_with_dict_inputs():
     assert all(a is b for a, b in zip(model.weights, original.weights, strict=True))
 
 
+def test_from_model_of_sequential_with_dict_outputs():
+    class Split(layers.Layer):
+        def call(self, inputs):
+            return {"left": inputs[:, :1], "right": inputs[:, 1:]}
+
+    model = RegularizedModel.from_model(keras.Sequential([keras.Input((4,)), Split()]))
+    assert {name: output.shape for name, output in model(X).items()} == {
+        "left": (8, 1),
+        "right": (8, 3),
+    }
+
+
+def test_a_wrapped_deferred_sequential_builds():
+    original = sequential(built=False)
+    model = RegularizedModel.from_model(original)
+    model.build((None, 4))
+    assert model.built
+    assert [w.shape for w in model.weights] == [(4, 3), (3,), (3, 2), (2,)]
+    assert all(a is b for a, b in zip(model.weights, original.weights, strict=True))
+
+
+def test_wrapped_model_keeps_the_dtype_of_inputs():
+    original = make_subclass(keras.Model)(dtype="float64")
+    for layer in original.layers:
+        layer.dtype_policy = "float64"
+    x = np.random.default_rng(4).normal(size=(8, 4))
+    outputs = RegularizedModel.from_model(original)(x)
+    assert outputs.dtype == "float64"
+    np.testing.assert_array_equal(original(x), outputs)
+
+
+def test_wrapped_model_keeps_its_own_metrics():
+    class Measured(make_subclass(keras.Model)):
+        def __init__(self):
+            super().__init__()
+            self.mean_output = keras.metrics.Mean(name="mean_output")
+
+        def call(self, inputs):
+            outputs = super().call(inputs)
+            self.mean_output.update_state(outputs)
+            return outputs
+
+    logs = []
+    for wrap in (lambda m: m, RegularizedModel.from_model):
+        keras.utils.set_random_seed(0)
+        model = wrap(Measured())
+        kwargs = {"regularizer": None} if isinstance(model, RegularizedModel) else {}
+        model.compile("sgd", "mse", run_eagerly=True, **kwargs)
+        history = model.fit(X, Y, epochs=2, verbose=0).history
+        logs.append((history, model.evaluate(X, Y, verbose=0, return_dict=True)))
+    assert "mean_output" in logs[0][0]
+    assert logs[0] == logs[1]
+
+
 class Noisy(keras.Model):
     """A net whose layers differ between training and inference, with or without saying so."""
 
@@ -502,7 +569,9 @@ def test_from_model_of_no_model(model):
         RegularizedModel.from_model(model)
 
 
-@pytest.mark.parametrize("method", ["train_step", "compute_loss", "compute_metrics"])
+@pytest.mark.parametrize(
+    "method", ["train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"]
+)
 @pytest.mark.parametrize("make", [make_subclass, make_functional_subclass])
 def test_from_model_of_a_model_with_a_step_of_its_own(method, make):
     override = getattr(keras.Model, method)
