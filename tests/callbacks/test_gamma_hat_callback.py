@@ -227,15 +227,6 @@ def test_checkpoints_of_the_best(data, tmp_path, keras_writes_files):
     assert [path.name for path in tmp_path.iterdir()] == [expected]
 
 
-def test_skipped_epochs_do_not_blind_callbacks_that_seek_the_best(
-    data, tmp_path, keras_writes_files
-):
-    """Keras takes the first value for the best so far, NaN too, and nothing is less than NaN."""
-    callback = GammaHatCallback(data, frequency=2, **DRAW)
-    unchanging().fit(*data, epochs=4, callbacks=[callback, best_of(tmp_path)], verbose=0)
-    assert f"_{callback.result.value:.3f}." in " ".join(path.name for path in tmp_path.iterdir())
-
-
 def test_early_stopping_on_gamma_hat(data):
     """Of weights that do not change gamma-hat never falls below the first."""
     callbacks = [GammaHatCallback(data, **DRAW)]
