@@ -41,3 +41,9 @@ def digits():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """Return the one strategy: a second one in the same process fails in TensorFlow."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -107,6 +107,7 @@ def test_logged_values_are_those_of_gamma_hat(data):
     assert history["gamma_hat"][0] != pytest.approx(history["gamma_hat"][1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_settings_reach_gamma_hat(data):
     model = classifier(keras.optimizers.SGD(0.0), [layers.Dense(8), layers.BatchNormalization()])
     settings = {"normalize_softmax": True, "softmax_scale": 0.5, "training": True}
@@ -169,6 +170,7 @@ def test_no_epoch_no_measurement(data):
     assert callback.result is None
 
 
+@pytest.mark.slow
 def test_second_run_and_recompiled_model(data):
     x, y = data
     model = classifier()
@@ -294,9 +296,8 @@ def test_models_that_are_built_by_fit(data, make):
     assert history["gamma_hat"] == [pytest.approx(expected, rel=1e-6)]
 
 
-def test_model_under_a_distribution_strategy(data):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+def test_model_under_a_distribution_strategy(data, mirrored):
+    with mirrored.scope():
         model = classifier(stack=[layers.Dense(8), layers.BatchNormalization()])
     plain = classifier(stack=[layers.Dense(8), layers.BatchNormalization()])
     callback = GammaHatCallback(data, **DRAW)
@@ -325,6 +326,7 @@ def test_data_of_any_kind(data, make):
     np.testing.assert_allclose(others, arrays, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "ours", "training"),
     [

@@ -384,6 +384,7 @@ def test_resumes_with_a_loss_scale_optimizer(tmp_path):
     assert_opened_at(first_drop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_resumes_in_mid_epoch(steps, tmp_path):
     class Interrupt(keras.callbacks.Callback):

@@ -219,6 +219,7 @@ class Branching(keras.Model):
         return self.dense(inputs) * (2.0 if float(keras.ops.sum(inputs)) > 0 else 1.0)
 
 
+@pytest.mark.slow
 def test_model_that_runs_eagerly(float64, data):
     x, y = data
     model = compiled(Branching(), run_eagerly=True)
@@ -856,6 +857,7 @@ def test_model_and_seeds_are_untouched(data, training, policy):
     assert keras.config.dtype_policy().name == policy
 
 
+@pytest.mark.slow
 def test_next_training_step_is_the_same_after_measuring(data):
     x, y = data[0].astype("float32"), data[1]
     weights = []

@@ -16,14 +16,6 @@ Y = draw.normal(size=(24, 2)).astype("float32")
 WEIGHTS = draw.uniform(0.2, 3, size=24).astype("float32")
 
 
-@pytest.fixture(scope="module")
-def mirrored():
-    """Return the one strategy: a second one in the same process fails in TensorFlow."""
-    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
-    assert len(devices) == 2
-    return tf.distribute.MirroredStrategy(devices)
-
-
 def network(activation="tanh", normalize=False):
     penalty = keras.regularizers.L2(1 / 64)
     inputs = keras.Input((4,))
@@ -113,6 +105,7 @@ def test_update_equals_that_of_one_device_in_float32(mirrored):
     np.testing.assert_array_equal(*replicas(model))
 
 
+@pytest.mark.slow
 def test_zero_beta_equals_plain_keras_to_the_bit(mirrored):
     """With batch norm and dropout: all statistics and seeds."""
     model, logs = train(mirrored, outputs=normalized, beta=0.0, num_sub_batches=2)
@@ -144,6 +137,7 @@ def test_gate_and_live_beta_act_on_all_replicas(mirrored, float64):
     np.testing.assert_allclose(*values, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_half_precision_contributes_what_float32_does(mirrored):
     """Replicas are traced in threads of their own, each with its own dtype."""
     contributions = []

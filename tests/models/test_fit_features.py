@@ -383,6 +383,7 @@ def test_overridden_compute_metrics():
     assert set(ours.fit(X, Y, verbose=0).history) == {"loss", "mae", "largest", "infomcr_reg"}
 
 
+@pytest.mark.slow
 def test_overridden_train_step_that_calls_the_inherited_one():
     def build(base):
         class Net(base):
@@ -412,6 +413,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizer(optimizer):
     check(two_layers, fitting(), compiling(optimizer, **EAGER))
@@ -506,6 +508,7 @@ def test_all_layers_frozen():
         check(build, fitting(), compiling(**EAGER), literal=False)
 
 
+@pytest.mark.slow
 @with_main_gradient
 def test_layers_that_the_loss_does_not_reach(main, mode):
     def build(base):
@@ -545,6 +548,7 @@ def test_stateful_layers():
     check(stateful, fitting(sequences(8), None, batch_size=None), compiling())
 
 
+@pytest.mark.slow
 def test_stateful_layers_fed_with_arrays():
     x, y = (np.concatenate(a) for a in zip(*sequences(8).as_numpy_iterator()))
     check(stateful, fitting(x, y, batch_size=4), compiling(), literal=False)
@@ -603,6 +607,7 @@ def test_nested_and_dict_inputs():
     check(build, fitting(x), compiling(**EAGER), "auto")
 
 
+@pytest.mark.slow
 def test_nested_models():
     def build(base):
         inner = normalized(keras.Model)
@@ -612,6 +617,7 @@ def test_nested_models():
     check(build, fitting(), compiling(**EAGER))
 
 
+@pytest.mark.slow
 def test_regularized_models_nested_as_layers():
     def build(base):
         inner = two_layers(base, kernel_regularizer=keras.regularizers.L2(1 / 32))
@@ -693,6 +699,7 @@ def test_state_advances_once_per_step():
     check(normalized, fitting(), compiling(metrics=["mae"]))
 
 
+@pytest.mark.slow
 def test_seeds_and_metrics_advance_once_per_step_whatever_beta():
     fit = fitting()
     regularizer = SubBatchPerturbation(ALPHA, BETA, 2)
