@@ -180,11 +180,14 @@ def _main_pass_from(result, model, x, y, sample_weight):
     ]
     size = _batch_size((x, y))
     y_pred = tf.nest.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
-    # For the losses of single outputs, which Keras tracks while it computes the total.
-    model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+    if model.loss is not None or type(model).compute_loss is not keras.Model.compute_loss:
+        # For what is tracked on the way to the total: losses of single outputs, a user's metrics.
+        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     _track_loss(model, result.loss + tf.cast(penalty, result.loss.dtype), x)
+    of_metrics = {id(v) for v in model.metrics_variables}
     for variable, values in zip(model.non_trainable_variables, zip(*result.states)):
-        variable.assign(_merge(values, result.fractions))
+        if id(variable) not in of_metrics:
+            variable.assign(_merge(values, result.fractions))
     return y_pred, gradients
 
 

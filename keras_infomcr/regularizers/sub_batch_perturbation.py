@@ -40,7 +40,8 @@ class SubBatchPerturbation(Regularizer):
         main_gradient: Where the gradient of L(B, w) comes from.
             `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
             (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
-            normalisation then sees sub-batches, its moving variance their mean variance.
+            normalisation then sees sub-batches, its moving variance their mean variance, and
+            metrics that a layer updates in its `call` stand still.
             `"auto"`: the second where the numbers are known to be the same (no layer couples
             the examples of a batch or draws random numbers, losses are means over the examples),
             else the first. Defaults to `"auto"`.

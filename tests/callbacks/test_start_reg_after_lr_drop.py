@@ -12,11 +12,6 @@ from keras.optimizers import schedules
 from keras_infomcr import RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.regularizers import Regularizer, SubBatchPerturbation
 
-# Keras itself, when it saves on TensorFlow with NumPy 2.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
-)
-
 X = np.random.default_rng(1).normal(size=(8, 3)).astype("float32")
 Y = np.random.default_rng(2).normal(size=(8, 1)).astype("float32")
 STEPS = 2  # an epoch

@@ -370,6 +370,21 @@ def test_overridden_compute_loss_without_training():
     check(build, fitting(), compiling(**EAGER, loss=None))
 
 
+@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+def test_metrics_updated_in_compute_loss(main):
+    def build(base):
+        class Net(base):
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+                self.largest.update_state(keras.ops.abs(y_pred))
+                return keras.ops.mean((y - y_pred) ** 4)
+
+        model = two_layers(Net)
+        model.largest = keras.metrics.Mean(name="largest")
+        return model
+
+    check(build, fitting(), compiling(**EAGER, loss=None), main)
+
+
 def test_overridden_compute_metrics():
     def build(base):
         class Net(base):
@@ -699,20 +714,26 @@ def test_state_advances_once_per_step():
     check(normalized, fitting(), compiling(metrics=["mae"]))
 
 
-@pytest.mark.slow
-def test_seeds_and_metrics_advance_once_per_step_whatever_beta():
-    fit = fitting()
-    regularizer = SubBatchPerturbation(ALPHA, BETA, 2)
-    ours, _ = trained(RegularizedModel, normalized, fit, compiling(), regularizer=regularizer)
-    plain, _ = trained(keras.Model, normalized, fit, compiling())
+@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+def test_seeds_advance_once_per_step_whatever_the_main_gradient(main):
+    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main)
+    compile = compiling(**EAGER)
+    ours, _ = trained(RegularizedModel, normalized, fitting(), compile, regularizer=regularizer)
+    plain, _ = trained(keras.Model, normalized, fitting(), compile)
     seeds = [
         [v.numpy() for v in model.non_trainable_variables if "seed" in v.path]
         for model in (ours, plain)
     ]
     assert len(seeds[0]) == 2
     assert_same(*seeds)
-    counts = [model.layers[4].mean.count.numpy() for model in (ours, plain)]
-    assert counts[0] == counts[1]
+
+
+def test_metrics_of_layers_count_each_example_once_whatever_beta():
+    model = normalized(RegularizedModel)
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.fit(X, Y, 5, verbose=0)
+    metrics = [layer.mean for layer in model.layers if isinstance(layer, Measured)]
+    assert [float(metric.count.value) for metric in metrics] == [SIZE]
 
 
 @pytest.mark.parametrize("main", ["full_batch", "auto", "sub_batches"])

@@ -556,7 +556,9 @@ def test_unknown_argument():
         SubBatchPerturbation(num_perturbed=2)
 
 
-@pytest.mark.parametrize("value", ["bogus", 3, keras.regularizers.L2()], ids=str)
+@pytest.mark.parametrize(
+    "value", ["bogus", 3, keras.regularizers.L2()], ids=lambda v: type(v).__name__
+)
 def test_compile_refuses_what_is_no_regularizer(value):
     model = gelu_network()
     message = r"`regularizer` must be a `Regularizer` instance, `None` or one of .*Received: regu"
