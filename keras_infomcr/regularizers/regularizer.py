@@ -30,7 +30,10 @@ class Regularizer(abc.ABC):
 
     Attributes:
         strength: A `keras.Variable`. Assign a float to change its value.
+        num_sub_batches: Integer, into how many sub-batches a batch should be cut. Defaults to 1.
     """
+
+    num_sub_batches = 1
 
     def __init__(self, strength):
         validation.non_negative(strength=strength)
