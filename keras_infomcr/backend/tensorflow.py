@@ -144,9 +144,7 @@ def train_step(objective, regularizer, monitor, data):
         y_pred, gradients = _main_pass(model, x, y, sample_weight)
         result = regularizer(objective, batch)
     monitor.update(result.value, _batch_size(batch))
-    # The optimizer unscales the gradients, then sums them over the replicas.
-    unit = tf.cast(model.optimizer.scale_loss(tf.ones(())), tf.float64) / num_replicas()
-    factor = unit * tf.cast(regularizer.strength, tf.float64)
+    factor = _unit(model.optimizer) * tf.cast(regularizer.strength, tf.float64)
     gradients = [_add(g, r, factor) for g, r in zip(gradients, result.gradient)]
     model.optimizer.apply_gradients(zip(gradients, model.trainable_variables))
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -173,7 +171,7 @@ def _main_pass_from(result, model, x, y, sample_weight):
     penalty_gradients = [None] * len(variables)
     if tf.is_tensor(penalty):
         penalty_gradients = tape.gradient(penalty, variables)
-    unit = tf.cast(model.optimizer.scale_loss(tf.ones(())), tf.float64) / num_replicas()
+    unit = _unit(model.optimizer)
     gradients = [
         _add(None if g is None else _times(unit, g), p, unit)
         for g, p in zip(result.loss_gradient, penalty_gradients)
@@ -189,6 +187,11 @@ def _main_pass_from(result, model, x, y, sample_weight):
         if id(variable) not in of_metrics:
             variable.assign(_merge(values, result.fractions))
     return y_pred, gradients
+
+
+def _unit(optimizer):
+    """Return what a gradient of 1 is to an optimizer that unscales, then sums over replicas."""
+    return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float64) / num_replicas()
 
 
 def _merge(values, fractions):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import keras
 
@@ -54,16 +55,16 @@ class GammaHatCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        data,
-        num_examples=100,
-        num_trials=10,
-        normalize_softmax=False,
-        softmax_scale=0.04,
-        frequency=1,
-        training=False,
-        chunk_size=None,
-        seed=0,
-        verbose=0,
+        data: Any,
+        num_examples: int = 100,
+        num_trials: int = 10,
+        normalize_softmax: bool = False,
+        softmax_scale: float = 0.04,
+        frequency: int = 1,
+        training: bool = False,
+        chunk_size: int | None = None,
+        seed: int | None = 0,
+        verbose: int = 0,
     ):
         super().__init__()
         validation.integer(minimum=1, frequency=frequency)

@@ -1,5 +1,7 @@
 """A schedule of the regulariser's strength."""
 
+from collections.abc import Callable
+
 import keras
 
 from keras_infomcr import validation
@@ -34,7 +36,11 @@ class RegularizationSchedule(RegularizedModelCallback):
     Regularization", ICML 2020, Section 8 (https://arxiv.org/abs/1911.08192).
     """
 
-    def __init__(self, schedule, verbose=0):
+    def __init__(
+        self,
+        schedule: Callable[[int], float] | keras.optimizers.schedules.LearningRateSchedule,
+        verbose: int = 0,
+    ):
         super().__init__()
         if not callable(schedule):
             raise TypeError(

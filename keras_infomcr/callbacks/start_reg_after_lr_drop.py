@@ -42,7 +42,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
     Regularization", ICML 2020, Section 6 (https://arxiv.org/abs/1911.08192).
     """
 
-    def __init__(self, ratio=0.99, start_epoch=None, verbose=0):
+    def __init__(self, ratio: float = 0.99, start_epoch: int | None = None, verbose: int = 0):
         super().__init__()
         validation.fraction(ratio=ratio)
         if start_epoch is not None:

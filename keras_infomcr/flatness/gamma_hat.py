@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -40,18 +41,18 @@ class GammaHat:
 
 
 def gamma_hat(
-    model,
-    x,
-    y=None,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
     *,
-    num_examples=100,
-    num_trials=100,
-    normalize_softmax=False,
-    softmax_scale=0.04,
-    training=False,
-    chunk_size=None,
-    seed=None,
-):
+    num_examples: int = 100,
+    num_trials: int = 100,
+    normalize_softmax: bool = False,
+    softmax_scale: float = 0.04,
+    training: bool = False,
+    chunk_size: int | None = None,
+    seed: int | None = None,
+) -> GammaHat:
     """Measure gamma-hat of a model: ln|J J^T|, J the gradients of the losses of a few examples.
 
         gamma-hat = (1/T) sum_t ln|xi^t|,    xi^t = J J^T,    J_i = grad l_i
@@ -136,7 +137,7 @@ class GammaHatEstimator:
         self._jacobians = None
         self._warned = False
 
-    def measure(self):
+    def measure(self) -> GammaHat:
         """Measure the model as it is now.
 
         Returns:

@@ -34,7 +34,7 @@ class LogitNormalization(keras.layers.Layer):
     Regularization", ICML 2020, Table 3, and its code (https://github.com/SeanJia/InfoMCR).
     """
 
-    def __init__(self, scale=0.04, **kwargs):
+    def __init__(self, scale: float = 0.04, **kwargs):
         validation.positive(scale=scale)
         super().__init__(**kwargs)
         self.scale = scale

@@ -63,7 +63,7 @@ class RegularizedModel(keras.Model):
         super().__init__(*args, **kwargs)
 
     @classmethod
-    def from_model(cls, model):
+    def from_model(cls, model: keras.Model) -> "RegularizedModel":
         """Make a regularised model that shares the layers, hence the weights, of another.
 
         Args:
@@ -130,11 +130,11 @@ class RegularizedModel(keras.Model):
         self.learning_rate_peak.reset()
 
     @property
-    def regularizer_active(self):
+    def regularizer_active(self) -> bool:
         return self._regularizer_active
 
     @regularizer_active.setter
-    def regularizer_active(self, active):
+    def regularizer_active(self, active: bool):
         validation.boolean(regularizer_active=active)
         if active == self._regularizer_active:
             return

@@ -35,7 +35,7 @@ class Regularizer(abc.ABC):
 
     num_sub_batches = 1
 
-    def __init__(self, strength):
+    def __init__(self, strength: float):
         validation.non_negative(strength=strength)
         # float64 throughout, so that float64 weights feel the float that was given.
         self._strength = keras.Variable(

@@ -61,7 +61,13 @@ class SubBatchPerturbation(Regularizer):
 
     beta = Regularizer.strength
 
-    def __init__(self, alpha=1e-4, beta=10.0, num_sub_batches=8, main_gradient="auto"):
+    def __init__(
+        self,
+        alpha: float = 1e-4,
+        beta: float = 10.0,
+        num_sub_batches: int = 8,
+        main_gradient: str = "auto",
+    ):
         validation.positive(alpha=alpha)
         validation.non_negative(beta=beta)
         validation.integer(minimum=1, num_sub_batches=num_sub_batches)
