@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_infomcr import backend
+from keras_infomcr.sub_batches import sub_batches
 
 HALF_PRECISION = ("float16", "bfloat16")
 
@@ -57,17 +58,19 @@ class Objective:
         return [keras.ops.copy(v) for v in self.model.trainable_variables]
 
     def state(self):
-        """Return the non-trainable variables, seeds included, as a list of arrays."""
-        return [keras.ops.copy(v) for v in self.model.non_trainable_variables]
+        """Return the non-trainable variables, seeds included, and any hidden random state."""
+        variables = self.model.non_trainable_variables
+        return [*(keras.ops.copy(v) for v in variables), *backend.random_state()]
 
     def __call__(self, weights, state, batch):
         """Return the loss with, as auxiliary, the predictions and the new state."""
         with self.at(weights, state, training=True, rows=batch.rows) as (predict, scope):
             predictions = predict(batch.x)
             loss = self.model._compute_loss(
-                batch.x, batch.y, predictions, batch.sample_weight, training=True
+                batch.x, batch.y, predictions, copied(batch.sample_weight), training=True
             )
-            new_state = [scope.get_current_value(v) for v in self.model.non_trainable_variables]
+            variables = self.model.non_trainable_variables
+            new_state = [scope.get_current_value(v) for v in variables] + backend.random_state()
         # Under a strategy Keras divides the loss by the number of replicas.
         return loss * backend.num_replicas(), (predictions, new_state)
 
@@ -77,7 +80,7 @@ class Objective:
 
         Args:
             weights: List of arrays, the trainable variables.
-            state: List of arrays, the non-trainable variables.
+            state: List of arrays, as `state()` returns it.
             training: Boolean, as for the model's `call`.
             rows: Indices of the examples whose carried states stateful RNNs begin with.
 
@@ -86,20 +89,27 @@ class Objective:
         """
         model = self.model
         kwargs = {"training": training} if model._call_has_training_arg else {}
+        num_variables = len(model.non_trainable_variables)
         mapping = [
+            *zip(model.metrics_variables, model.metrics_variables),
             *zip(model.trainable_variables, weights),
-            *zip(model.non_trainable_variables, state),
+            *zip(model.non_trainable_variables, state[:num_variables]),
             *self._carried_states(rows),
         ]
         scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
-        with _true_float32(model), _weight_penalties_excluded(), scope:
-            yield lambda x: model(x, **kwargs), scope
+        with (
+            _true_float32(model),
+            _weight_penalties_excluded(),
+            _random_state(state[num_variables:]),
+            scope,
+        ):
+            yield lambda x: backend.forward(model, x, **kwargs), scope
 
     def sub_batches(self, batch, count):
         """Return `count` nearly equal slices of a batch with their fractions of it."""
         carried = self._carried_variables()
         fixed_size = carried[0].shape[0] if carried else None
-        slices = backend.sub_batches(batch[:3], count, fixed_size)
+        slices = sub_batches(batch[:3], count, fixed_size)
         return [(fraction, Batch(*parts, rows)) for fraction, parts, rows in slices]
 
     def advance(self, state, new_state):
@@ -125,9 +135,26 @@ class Objective:
         return [(v, keras.ops.take(value, rows, axis=0)) for v, value in carried]
 
 
+def copied(sample_weight):
+    """Return a copy of sample weights: on torch Keras's losses multiply masks into them."""
+    return keras.tree.map_structure(
+        lambda a: None if a is None else keras.ops.copy(a), sample_weight
+    )
+
+
 def weight_penalties_excluded():
     """Say whether this thread is inside an evaluation that leaves weight penalties out."""
     return getattr(_here, "without_penalties", False)
+
+
+@contextlib.contextmanager
+def _random_state(state):
+    before = backend.random_state()
+    backend.set_random_state(state)
+    try:
+        yield
+    finally:
+        backend.set_random_state(before)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from frameworks import BACKEND, float64_everywhere
 
-# Two logical devices stand in for GPUs under `MirroredStrategy`.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    # Two logical devices stand in for GPUs under `MirroredStrategy`.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +28,8 @@ def fresh_keras():
 
 @pytest.fixture
 def float64():
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
+    with float64_everywhere():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -46,4 +49,6 @@ def rng():
 @pytest.fixture(scope="session")
 def mirrored():
     """Return the one strategy: a second one in the same process fails in TensorFlow."""
+    if BACKEND != "tensorflow":
+        pytest.skip("tf.distribute is TensorFlow's")
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -1,43 +1,67 @@
 """The one door to the framework: what a backend module provides.
 
-Arrays are the framework's own; `weights` and `state` are lists of them, in the order of
-`model.trainable_variables` and `model.non_trainable_variables`.
+Arrays are the framework's own; `weights` and `state` are lists of them. A gradient is dense, and
+`None` where the value does not depend on the weight. All derivatives are taken in true float32 at
+least wherever the framework lets this be asked for.
 
-* `train_step(model, data)`: one step of Keras's `train_step`, regularised.
 * `value_and_grad(function)`: `f(weights, *args) -> ((value, auxiliary), gradients)` of a
-  `function(weights, *args) -> (value, auxiliary)`; gradients are dense, `None` where the value
-  does not depend on the weight.
-* `jacobian(function, coupled, compiled)`: `f(weights, *args) -> (values, rows)` of a
-  `function(weights, *args) -> values` of shape `[n]`, float64; `rows[k]` has shape
-  `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of `args` alone.
-* `sub_batches(batch, count, fixed_size)`: M nearly equal contiguous slices of a batch.
+  `function(weights, *args) -> (value, auxiliary)`.
+* `hessian_vector_product(function)`: `f(weights, vector, *args) -> ((value, auxiliary), gradients,
+  products)` of such a function: H v, with v a list like the weights or `None` for the gradient.
+* `jacobian(function, coupled, compiled)`: `f(weights, context, *args) -> (values, rows)` of a
+  `function(weights, context, *args) -> values` of shape `[n]` and the widest float type; `rows[k]`
+  has shape `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of
+  `args` alone.
+* `main_pass(model, x, y, sample_weight)`: Keras's own forward and backward pass, with all its
+  effects on variables; returns the predictions and the gradients, scaled, perhaps sparse.
+* `forward(model, x, **kwargs)`: the outputs, with the layers in the mode of that pass.
+* `add(gradient, term)`: a gradient of `main_pass` and a dense array, added.
+* `apply(optimizer, gradients, variables)`: the optimizer's step.
+* `train_step(step, model, *args)`: what Keras's `train_step(*args)` returns, of a function
+  `step(data) -> logs` that reads and assigns variables.
+* `passed_with_metrics(variables)`: those that reach a step only beside the model's metrics.
+* `making_train_function(model)`: a context in which Keras makes a train function that shares
+  nothing compiled with those that it made before, and that loses no variable if it fails.
+* `batch_size(batch)`: an integer, or a scalar array where it is not known while tracing.
+* `slice_rows(array, start, length)`: rows of a dense, ragged or sparse array.
+* `random_state()`, `set_random_state(state)`: what unseeded random layers draw from, as a list of
+  arrays; empty where the framework has no such state.
+* `attach_state(model)`: let a model that is in `fit` hold the present values of its variables.
+* `widest_float()`: the name of the widest float type.
 * `num_replicas()`: how many replicas share the batch.
 * `low_precision_products()`: whether float32 matrix products round like half precision.
 """
 
+import importlib
+
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from keras_infomcr.backend.tensorflow import (
-        jacobian,
-        low_precision_products,
-        num_replicas,
-        sub_batches,
-        train_step,
-        value_and_grad,
-    )
-else:
+_BACKENDS = ("tensorflow", "jax", "torch")
+
+if keras.backend.backend() not in _BACKENDS:
     raise ImportError(
-        "keras_infomcr runs on the TensorFlow backend of Keras. "
-        f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
-        "Set the environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+        f"keras_infomcr runs on these backends of Keras: {', '.join(_BACKENDS)}. "
+        f"Received: keras.backend.backend()={keras.backend.backend()!r}. Set the environment "
+        "variable KERAS_BACKEND to one of them before Keras is imported."
     )
 
-__all__ = [
-    "jacobian",
-    "low_precision_products",
-    "num_replicas",
-    "sub_batches",
-    "train_step",
-    "value_and_grad",
-]
+_module = importlib.import_module(f"keras_infomcr.backend.{keras.backend.backend()}")
+
+add = _module.add
+apply = _module.apply
+attach_state = _module.attach_state
+batch_size = _module.batch_size
+forward = _module.forward
+hessian_vector_product = _module.hessian_vector_product
+jacobian = _module.jacobian
+low_precision_products = _module.low_precision_products
+main_pass = _module.main_pass
+making_train_function = _module.making_train_function
+num_replicas = _module.num_replicas
+passed_with_metrics = _module.passed_with_metrics
+random_state = _module.random_state
+set_random_state = _module.set_random_state
+slice_rows = _module.slice_rows
+train_step = _module.train_step
+value_and_grad = _module.value_and_grad
+widest_float = _module.widest_float

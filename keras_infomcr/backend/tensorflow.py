@@ -1,9 +1,11 @@
 """TensorFlow: differentiation of functions of weights, and the training step.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
-uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`, `_symbolic_build`,
-`_flatten_layers`, `_keras_mask`.
+uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`.
 """
+
+import contextlib
+import threading
 
 import keras
 import tensorflow as tf
@@ -22,13 +24,65 @@ def value_and_grad(function):
     return differentiated
 
 
-def jacobian(function, coupled, compiled=True):
-    """Return `f(weights, *args) -> (values, rows)`."""
+def hessian_vector_product(function):
+    """Return `f(weights, vector, *args) -> ((value, auxiliary), gradients, products)`."""
+    first_order = value_and_grad(function)
 
-    def whole(weights, *args):
+    def product(weights, vector, *args):
+        with (
+            _twice_differentiable_moments(),
+            tf.GradientTape(watch_accessed_variables=False) as tape,
+        ):
+            tape.watch(weights)
+            value, gradients = first_order(weights, *args)
+            slope = tf.zeros((), weights[0].dtype)
+            for g, v in zip(gradients, vector or gradients):
+                if g is not None:
+                    slope += tf.cast(tf.reduce_sum(g * tf.stop_gradient(v)), slope.dtype)
+        products = tape.gradient(slope, weights)
+        return value, gradients, [None if p is None else _dense(p) for p in products]
+
+    return product
+
+
+_moments_lock = threading.Lock()
+_moments_users = []
+
+
+@contextlib.contextmanager
+def _twice_differentiable_moments():
+    """Replace `tf.nn.moments`, whose variance hides its dependence on the mean.
+
+    First derivatives do not see that (the derivative by the mean is zero), second ones are wrong
+    for batch, layer and group normalisation. Replicas trace in threads of their own, which may
+    enter and leave in any order.
+    """
+    with _moments_lock:
+        _moments_users.append(tf.nn.moments)
+        tf.nn.moments = _moments
+    try:
+        yield
+    finally:
+        with _moments_lock:
+            original = _moments_users[0]
+            _moments_users.pop()
+            if not _moments_users:
+                tf.nn.moments = original
+
+
+def _moments(x, axes, shift=None, keepdims=False, name=None):
+    y = tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
+    mean = tf.reduce_mean(y, axes, keepdims=keepdims)
+    return tf.cast(mean, x.dtype), tf.cast(tf.math.reduce_variance(y, axes, keepdims), x.dtype)
+
+
+def jacobian(function, coupled, compiled=True):
+    """Return `f(weights, context, *args) -> (values, rows)`."""
+
+    def whole(weights, context, *args):
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            values = function(weights, *args)
+            values = function(weights, context, *args)
         selectors = tf.eye(tf.shape(values)[0], dtype=values.dtype)
         rows = tf.map_fn(
             lambda selector: _gradients(tape, values, weights, selector),
@@ -37,11 +91,12 @@ def jacobian(function, coupled, compiled=True):
         )
         return values, rows
 
-    def by_example(weights, *args):
+    def by_example(weights, context, *args):
         def one(example):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(weights)
-                value = function(weights, *tf.nest.map_structure(lambda a: a[None], example))[0]
+                example = tf.nest.map_structure(lambda a: a[None], example)
+                value = function(weights, context, *example)[0]
             return value, _gradients(tape, value, weights)
 
         signature = tf.TensorSpec((), tf.float64), _specs(weights)
@@ -61,50 +116,104 @@ def _specs(weights):
     return [tf.TensorSpec(w.shape, w.dtype) for w in weights]
 
 
-def sub_batches(batch, count, fixed_size=None):
-    """Cut a batch into `count` contiguous slices, as `numpy.array_split` does.
-
-    A batch of B < count examples gives B slices of one example; where B is not known while
-    tracing, the surplus slices repeat an example with fraction 0.
-
-    Args:
-        batch: Structure of dense, ragged or sparse tensors and `None`.
-        count: Integer, number of slices.
-        fixed_size: Integer, the size of the batch, for models that see no other: each slice is
-            tiled to it. `None` for all other models.
-
-    Returns:
-        List of `(fraction, slice, rows)`: `fraction` a float64 scalar, b_i/B; `rows` the indices
-        of the slice's examples in the batch where it is tiled, else `None`.
-    """
-    size = fixed_size or _batch_size(batch)
-    known = isinstance(size, int)
-    if known:
-        count = min(count, size)
-    if fixed_size and size % count:
-        raise ValueError(
-            "The batch size must be a multiple of `num_sub_batches` where recurrent layers are "
-            f"stateful. Received: batch size={size}, num_sub_batches={count}. Change one of them."
+def main_pass(model, x, y, sample_weight):
+    """Run Keras's forward and backward pass."""
+    kwargs = {"training": True} if model._call_has_training_arg else {}
+    with tf.GradientTape() as tape:
+        y_pred = forward(model, x, **kwargs)
+        loss = model._compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
         )
-    base, surplus = size // count, size % count
-    slices = []
-    for i in range(count):
-        start = i * base + _minimum(i, surplus)
-        length = base + (int(i < surplus) if known else tf.cast(i < surplus, tf.int32))
-        fraction = tf.cast(length, tf.float64) / tf.cast(size, tf.float64)
-        if fixed_size:
-            rows = start + tf.range(size) % length
-            part = keras.tree.map_structure(lambda a, r=rows: _map_array(a, tf.gather, r), batch)
-        else:
-            rows = None
-            if not known:
-                start, length = tf.minimum(start, size - 1), tf.maximum(length, 1)
-            stop = start + length
-            part = keras.tree.map_structure(
-                lambda a, s=start, e=stop: _map_array(a, _slice, s, e), batch
-            )
-        slices.append((fraction, part, rows))
-    return slices
+        # Under a strategy Keras divides the loss by the number of replicas.
+        model._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch_size(x))
+        loss = model.optimizer.scale_loss(loss)
+    return y_pred, tape.gradient(loss, model.trainable_variables)
+
+
+def forward(model, x, **kwargs):
+    """Return the outputs."""
+    return model(x, **kwargs)
+
+
+def add(gradient, term):
+    """Return gradient + term; the rows of a sparse gradient stay the same rows."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient + term
+    # Rows may repeat (Keras's optimizers depend on how): each repeat takes an equal share.
+    indices = tf.cast(gradient.indices, tf.int32)
+    ones = tf.ones_like(indices, dtype=term.dtype)
+    repeats = tf.gather(tf.math.unsorted_segment_sum(ones, indices, tf.shape(term)[0]), indices)
+    share = tf.reshape(repeats, [-1] + [1] * (len(term.shape) - 1))
+    values = gradient.values + tf.gather(term, indices) / share
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+
+
+def apply(optimizer, gradients, variables):
+    """Take the optimizer's step."""
+    optimizer.apply_gradients(zip(gradients, variables))
+
+
+def train_step(step, model, data):
+    """Return the logs of the step."""
+    return step(keras.tree.map_structure(_as_tensor, data))
+
+
+def _as_tensor(array):
+    """Turn the NumPy arrays of `train_on_batch(run_eagerly=True)` into tensors."""
+    composite = isinstance(array, tf.__internal__.CompositeTensor)
+    return array if array is None or composite else tf.convert_to_tensor(array)
+
+
+def passed_with_metrics(variables):
+    """Return none: a compiled step reads and assigns any variable."""
+    return []
+
+
+def making_train_function(model):
+    """Do nothing: each train function is compiled by itself, and variables keep their values."""
+    return contextlib.nullcontext()
+
+
+def batch_size(batch):
+    """Return the number of examples, a Python integer where it is known while tracing."""
+    first = next(a for a in keras.tree.flatten(batch) if a is not None)
+    if first.shape[0] is not None:
+        return int(first.shape[0])
+    if isinstance(first, tf.RaggedTensor):
+        return tf.cast(first.nrows(), tf.int32)
+    return tf.cast(tf.shape(first)[0], tf.int32)
+
+
+def slice_rows(array, start, length):
+    """Return rows of a dense, ragged or sparse tensor."""
+    if not isinstance(array, tf.SparseTensor):
+        return array[start : start + length]
+    shape = tf.cast(array.dense_shape, tf.int64)
+    start, length = tf.cast(start, tf.int64), tf.cast(length, tf.int64)
+    begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)
+    part = tf.sparse.slice(array, begin, tf.concat([[length], shape[1:]], axis=0))
+    static = [None, *array.shape[1:]]
+    return tf.SparseTensor(
+        part.indices, part.values, tf.ensure_shape(part.dense_shape, [len(static)])
+    )
+
+
+def random_state():
+    """Return nothing: what TensorFlow's unseeded operations draw from cannot be read."""
+    return []
+
+
+def set_random_state(state):
+    """Do nothing."""
+
+
+def attach_state(model):
+    """Do nothing: variables hold their values at all times."""
+
+
+def widest_float():
+    """Return `"float64"`."""
+    return "float64"
 
 
 def num_replicas():
@@ -120,158 +229,5 @@ def low_precision_products():
     return any(d.get("compute_capability", (0, 0)) >= (8, 0) for d in details)
 
 
-def train_step(objective, regularizer, monitor, data):
-    """Take one step of Keras's `train_step` with the regulariser's gradient added.
-
-    Args:
-        objective: The model as an `Objective`.
-        regularizer: The `Regularizer`.
-        monitor: The `RegularizerMonitor` that the value is reported to.
-        data: What Keras hands to `train_step`.
-
-    Returns:
-        The logs, as Keras's `train_step` returns them.
-    """
-    model = objective.model
-    data = keras.tree.map_structure(_as_tensor, data)
-    x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
-    if regularizer.gives_main_gradient(model):
-        if not all(layer.built for layer in model._flatten_layers()):
-            model._symbolic_build(data_batch=batch)
-        result = regularizer(objective, batch)
-        y_pred, gradients = _main_pass_from(result, model, x, y, sample_weight)
-    else:
-        y_pred, gradients = _main_pass(model, x, y, sample_weight)
-        result = regularizer(objective, batch)
-    monitor.update(result.value, _batch_size(batch))
-    factor = _unit(model.optimizer) * tf.cast(regularizer.strength, tf.float64)
-    gradients = [_add(g, r, factor) for g, r in zip(gradients, result.gradient)]
-    model.optimizer.apply_gradients(zip(gradients, model.trainable_variables))
-    return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-
-
-def _main_pass(model, x, y, sample_weight):
-    """Run Keras's forward and backward pass, the only one that changes state."""
-    kwargs = {"training": True} if model._call_has_training_arg else {}
-    with tf.GradientTape() as tape:
-        y_pred = model(x, **kwargs)
-        loss = model._compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-        )
-        _track_loss(model, loss * num_replicas(), x)
-        loss = model.optimizer.scale_loss(loss)
-    return y_pred, tape.gradient(loss, model.trainable_variables)
-
-
-def _main_pass_from(result, model, x, y, sample_weight):
-    """Make predictions, gradients and state of a full batch from those of its slices."""
-    variables = model.trainable_variables
-    with tf.GradientTape() as tape:
-        penalty = sum((tf.reduce_sum(v.regularizer(v)) for v in variables if v.regularizer), 0.0)
-    penalty_gradients = [None] * len(variables)
-    if tf.is_tensor(penalty):
-        penalty_gradients = tape.gradient(penalty, variables)
-    unit = _unit(model.optimizer)
-    gradients = [
-        _add(None if g is None else _times(unit, g), p, unit)
-        for g, p in zip(result.loss_gradient, penalty_gradients)
-    ]
-    size = _batch_size((x, y))
-    y_pred = tf.nest.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
-    if model.loss is not None or type(model).compute_loss is not keras.Model.compute_loss:
-        # For what is tracked on the way to the total: losses of single outputs, a user's metrics.
-        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-    _track_loss(model, result.loss + tf.cast(penalty, result.loss.dtype), x)
-    of_metrics = {id(v) for v in model.metrics_variables}
-    for variable, values in zip(model.non_trainable_variables, zip(*result.states)):
-        if id(variable) not in of_metrics:
-            variable.assign(_merge(values, result.fractions))
-    return y_pred, gradients
-
-
-def _unit(optimizer):
-    """Return what a gradient of 1 is to an optimizer that unscales, then sums over replicas."""
-    return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float64) / num_replicas()
-
-
-def _merge(values, fractions):
-    """Average batch-norm statistics over the slices; advance a seed once."""
-    if not values[0].dtype.is_floating:
-        return values[0]
-    return sum(_times(f, v) for f, v in zip(fractions, values))
-
-
-def _track_loss(model, loss, x):
-    model._loss_tracker.update_state(loss, sample_weight=_batch_size(x))
-
-
-def _add(gradient, term, factor):
-    """Return gradient + factor * term; the rows of a sparse gradient stay the same rows."""
-    if term is None:
-        return gradient
-    term = _times(factor, _dense(term))
-    if gradient is None:
-        return term
-    if not isinstance(gradient, tf.IndexedSlices):
-        return gradient + term
-    # Rows may repeat (Keras's optimizers depend on how): each repeat takes an equal share.
-    indices = tf.cast(gradient.indices, tf.int32)
-    ones = tf.ones_like(indices, dtype=term.dtype)
-    repeats = tf.gather(tf.math.unsorted_segment_sum(ones, indices, tf.shape(term)[0]), indices)
-    share = tf.reshape(repeats, [-1] + [1] * (len(term.shape) - 1))
-    values = gradient.values + tf.gather(term, indices) / share
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-
-
-def _times(scalar, array):
-    return tf.cast(scalar, array.dtype) * array
-
-
 def _dense(gradient):
     return tf.convert_to_tensor(gradient)
-
-
-def _as_tensor(array):
-    """Turn the NumPy arrays of `train_on_batch(run_eagerly=True)` into tensors."""
-    composite = isinstance(array, tf.__internal__.CompositeTensor)
-    return array if array is None or composite else tf.convert_to_tensor(array)
-
-
-def _batch_size(batch):
-    """Return the number of examples, a Python integer where it is known while tracing."""
-    first = next(a for a in keras.tree.flatten(batch) if a is not None)
-    if first.shape[0] is not None:
-        return int(first.shape[0])
-    if isinstance(first, tf.RaggedTensor):
-        return tf.cast(first.nrows(), tf.int32)
-    return tf.cast(tf.shape(first)[0], tf.int32)
-
-
-def _minimum(a, b):
-    return min(a, b) if isinstance(b, int) else tf.minimum(a, b)
-
-
-def _map_array(array, function, *args):
-    return None if array is None else function(array, *args)
-
-
-def _slice(array, start, stop):
-    if not isinstance(array, tf.SparseTensor):
-        return array[start:stop]
-    shape = tf.cast(array.dense_shape, tf.int64)
-    start, stop = tf.cast(start, tf.int64), tf.cast(stop, tf.int64)
-    begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)
-    part = tf.sparse.slice(array, begin, tf.concat([[stop - start], shape[1:]], axis=0))
-    static = [None, *array.shape[1:]]
-    return tf.SparseTensor(
-        part.indices, part.values, tf.ensure_shape(part.dense_shape, [len(static)])
-    )
-
-
-def _concatenate(parts, size):
-    """Join the predictions of slices, without the surplus ones, which stand last."""
-    whole = tf.concat(parts, axis=0)[:size]
-    masks = [getattr(part, "_keras_mask", None) for part in parts]
-    if all(mask is not None for mask in masks):
-        whole._keras_mask = tf.concat(masks, axis=0)[:size]
-    return whole

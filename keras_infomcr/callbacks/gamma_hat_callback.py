@@ -19,9 +19,9 @@ class GammaHatCallback(keras.callbacks.Callback):
     `keras.Model`, and leaves the model, its optimizer and all seeds as they are.
 
     Args:
-        data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset` or another
-            iterable of batches `(x, y)`: training data without augmentation. The same examples
-            are measured in each epoch.
+        data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
+            `DataLoader` or another iterable of batches `(x, y)`: training data without
+            augmentation. The same examples are measured in each epoch.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10; the paper has
             100.
@@ -97,7 +97,8 @@ class GammaHatCallback(keras.callbacks.Callback):
 
     def _prepare(self):
         """Check labels against outputs as soon as there are any: some models wait for a batch."""
-        if self.model.built and not self._prepared:
+        # In this order: on JAX Keras reattaches the state of `fit` wherever `self.model` is used.
+        if not self._prepared and self.model.built:
             self._estimator.prepare()
             self._prepared = True
 

@@ -22,3 +22,5 @@ class RegularizedModelCallback(keras.callbacks.Callback):
                 "`regularizer=None`."
             )
         super().set_model(model)
+        # `self.model` makes Keras on JAX reattach the state of `fit`, which the gate needs not.
+        self._gated_model = model

@@ -63,7 +63,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
 
     def on_train_batch_begin(self, batch, logs=None):
         # Reading the rate waits for the step before, so it ends once the gate is open.
-        if self.model.regularizer_active:
+        if self._gated_model.regularizer_active:
             return
         if not self._recalled:
             self._recall()

@@ -13,15 +13,19 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_infomcr import backend
 from keras_infomcr.layers.logit_normalization import normalize_logits
 
+_ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
 
-def example_values(model, outputs, normalize_softmax, softmax_scale):
+
+def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     """Choose the per-example values that fit the compiled loss of a model.
 
     Args:
         model: A compiled `keras.Model`.
         outputs: Its outputs on an example.
+        logits: What a softmax or sigmoid made them of, or `None`.
         normalize_softmax: Boolean, whether to normalise the logits.
         softmax_scale: Float, the scale of the normalisation.
 
@@ -46,7 +50,7 @@ def example_values(model, outputs, normalize_softmax, softmax_scale):
     if not categorical and not binary:
         return ExampleLoss(model)
     from_logits = getattr(loss, "from_logits", False)
-    if not from_logits and not hasattr(_only(outputs), "_keras_logits"):
+    if not from_logits and logits is None:
         warnings.warn(
             "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
             "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
@@ -57,6 +61,49 @@ def example_values(model, outputs, normalize_softmax, softmax_scale):
     if binary:
         return BinaryLogOdds(from_logits)
     return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
+
+
+def predict_with_logits(model, predict, x):
+    """Return outputs, and what their softmax or sigmoid was applied to, `None` if unknown.
+
+    Keras notes that on the output as `_keras_logits`, unless, as in JAX, arrays take no
+    attributes. So the layers are made to note it for the time of the call.
+    """
+    noted = []
+
+    def noting(activation):
+        def noting_activation(inputs, mask=None, **kwargs):
+            if mask is not None:
+                return activation(inputs, mask=mask, **kwargs)
+            noted.append((activation(inputs, **kwargs), inputs))
+            return noted[-1][0]
+
+        return noting_activation
+
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if getattr(layer, "activation", None) in _ACTIVATIONS:
+                stack.enter_context(_replaced(layer, "activation", noting(layer.activation)))
+            elif isinstance(layer, keras.layers.Softmax):
+                stack.enter_context(_replaced(layer, "call", noting(layer.call)))
+        outputs = predict(x)
+    output = _only(outputs)
+    known = [inputs for result, inputs in noted if result is output]
+    return outputs, known[0] if known else getattr(output, "_keras_logits", None)
+
+
+@contextlib.contextmanager
+def _replaced(layer, name, value):
+    """Replace an attribute, past Keras's tracking, for a time."""
+    before = layer.__dict__.get(name)
+    object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            object.__delattr__(layer, name)
+        else:
+            object.__setattr__(layer, name, before)
 
 
 class CategoricalLogOdds:
@@ -93,11 +140,11 @@ class CategoricalLogOdds:
             )
         return flat.astype("int32")
 
-    def __call__(self, x, y, outputs):
-        logits = _logits(outputs, self.from_logits, ops.log)
+    def __call__(self, x, y, outputs, logits):
+        logits = self._logits(outputs, logits, ops.log)
         if self.scale is not None:
             logits = normalize_logits(logits, self.scale)
-        true = ops.one_hot(y, logits.shape[-1], dtype="bool")
+        true = ops.equal(ops.arange(logits.shape[-1]), ops.expand_dims(y, -1))
         zeros = ops.zeros_like(logits)
         others = ops.logsumexp(ops.where(true, zeros - np.inf, logits), axis=-1)
         return ops.sum(ops.where(true, logits, zeros), axis=-1) - others
@@ -106,6 +153,13 @@ class CategoricalLogOdds:
         """Return ln(dl/dm)^2 of each example: 2 ln sigmoid(-m)."""
         with np.errstate(invalid="ignore"):  # NaN is reported with its cause by `gamma_hat`
             return -2 * np.logaddexp(0, values)
+
+    def _logits(self, outputs, logits, inverse):
+        """Return the logits of the outputs, by the inverse of the activation if need be."""
+        known = _only(outputs) if self.from_logits else logits
+        if known is not None:
+            return ops.cast(known, backend.widest_float())
+        return inverse(ops.cast(_only(outputs), backend.widest_float()))
 
 
 class BinaryLogOdds(CategoricalLogOdds):
@@ -130,8 +184,8 @@ class BinaryLogOdds(CategoricalLogOdds):
             )
         return np.where(y.reshape(-1) >= 0.5, 1.0, -1.0)
 
-    def __call__(self, x, y, outputs):
-        logits = _logits(outputs, self.from_logits, lambda p: ops.log(p) - ops.log1p(-p))
+    def __call__(self, x, y, outputs, logits):
+        logits = self._logits(outputs, logits, lambda p: ops.log(p) - ops.log1p(-p))
         return ops.reshape(logits, (-1,)) * ops.cast(y, logits.dtype)
 
 
@@ -149,10 +203,10 @@ class ExampleLoss:
         """Return the labels as they are."""
         return y
 
-    def __call__(self, x, y, outputs):
+    def __call__(self, x, y, outputs, logits):
         with _no_weight_penalties(self.model):
             loss = self.model._compute_loss(x, y, outputs, None, training=False)
-        return ops.reshape(ops.cast(loss, "float64"), (1,))
+        return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
 
     def log_loss_factors(self, values):
         """Return zeros: the rows are gradients of the loss itself."""
@@ -175,15 +229,3 @@ def _no_weight_penalties(model):
 def _only(structure):
     """Return the one leaf of a structure."""
     return keras.tree.flatten(structure)[0]
-
-
-def _logits(outputs, from_logits, inverse):
-    """Return the logits in float64, from before the last activation where it can be seen."""
-    outputs = _only(outputs)
-    if from_logits:
-        return ops.cast(outputs, "float64")
-    # Keras notes on a softmax's or sigmoid's output what it was made of.
-    logits = getattr(outputs, "_keras_logits", None)
-    if logits is None:
-        return inverse(ops.cast(outputs, "float64"))
-    return ops.cast(logits, "float64")

@@ -11,7 +11,7 @@ def read_examples(x, y, limit):
 
     Args:
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
-            `keras.utils.PyDataset` or another iterable of batches `(x, y)`.
+            `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`.
         y: Array or structure of arrays `[N, ...]`, `None` if `x` gives batches.
         limit: Integer. Of an iterable of batches only so many examples are read.
 
@@ -38,7 +38,7 @@ def read_examples(x, y, limit):
         x, y = _read_batches(batches, limit)
     if y is None:
         raise ValueError("Labels are needed. Received: y=None. Pass `y`, or batches `(x, y)`.")
-    x, y = keras.tree.map_structure(np.asarray, (x, y))
+    x, y = keras.tree.map_structure(_to_numpy, (x, y))
     _check(x, y)
     return x, y
 
@@ -61,7 +61,7 @@ def _read_batches(batches, limit):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if y is None:
             raise ValueError("Labels are needed. Received: batches of x alone. Give `(x, y)`.")
-        parts.append(keras.tree.map_structure(np.asarray, (x, y)))
+        parts.append(keras.tree.map_structure(_to_numpy, (x, y)))
         scalars = [a for a in keras.tree.flatten(parts[-1]) if not a.ndim and a.dtype != object]
         if scalars:
             raise ValueError(
@@ -75,6 +75,13 @@ def _read_batches(batches, limit):
     if not parts:
         raise ValueError("The data must not be empty. Received: no batch")
     return keras.tree.map_structure(lambda *a: np.concatenate(a)[:limit], *parts)
+
+
+def _to_numpy(array):
+    try:
+        return np.asarray(array)
+    except (TypeError, RuntimeError):  # a tensor of torch on a GPU, or one that needs a gradient
+        return keras.ops.convert_to_numpy(array)
 
 
 def _check_dense(arrays):

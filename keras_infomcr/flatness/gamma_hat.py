@@ -10,7 +10,11 @@ import numpy as np
 
 from keras_infomcr import backend, validation
 from keras_infomcr.core.log_determinant import log_determinant
-from keras_infomcr.flatness.example_values import ExampleLoss, example_values
+from keras_infomcr.flatness.example_values import (
+    ExampleLoss,
+    example_values,
+    predict_with_logits,
+)
 from keras_infomcr.flatness.examples import read_examples
 from keras_infomcr.objective import Objective
 
@@ -69,8 +73,8 @@ def gamma_hat(
     Args:
         model: A compiled and built `keras.Model`.
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
-            `keras.utils.PyDataset` or another iterable of batches `(x, y)`, of which the first
-            `num_examples * num_trials` examples are read.
+            `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`,
+            of which the first `num_examples * num_trials` examples are read.
         y: Labels: integers, one-hot or soft; `None` if `x` gives batches.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1. T, the trials averaged; the standard error falls as its
@@ -186,8 +190,8 @@ class GammaHatEstimator:
         objective = Objective(self.model)
         first = keras.tree.map_structure(lambda a: a[:1], self._x)
         with objective.at(objective.weights(), objective.state(), False) as (predict, _):
-            outputs = predict(first)
-        self._values = example_values(self.model, outputs, *self._normalization)
+            outputs, logits = predict_with_logits(self.model, predict, first)
+        self._values = example_values(self.model, outputs, logits, *self._normalization)
         if self.training and isinstance(self._values, ExampleLoss):
             raise ValueError(
                 "`training` must be `False` unless the loss is a cross-entropy of one output. "
@@ -200,11 +204,11 @@ class GammaHatEstimator:
         self._jacobians = [self._jacobian(objective, group) for group in self._groups]
 
     def _jacobian(self, objective, group):
-        def values(weights, x, y):
-            every = objective.weights()
-            every[group] = weights
-            with objective.at(every, objective.state(), self.training) as (predict, _):
-                return self._values(x, y, predict(x))
+        def values(weights, context, x, y):
+            every, state = context
+            every = [*every[: group.start], *weights, *every[group.stop :]]
+            with objective.at(every, state, self.training) as (predict, _):
+                return self._values(x, y, *predict_with_logits(self.model, predict, x))
 
         return backend.jacobian(values, self.training, compiled=not self.model.run_eagerly)
 
@@ -215,14 +219,16 @@ class GammaHatEstimator:
             for i in range(0, len(rows), self.chunk_size)
         ]
         gram = np.zeros((len(rows), len(rows)))
+        objective = Objective(self.model)
+        context = weights, _ = objective.weights(), objective.state()
         for group, jacobian in zip(self._groups, self._jacobians):
-            weights = Objective(self.model).weights()[group]
-            values, gradients = zip(*(jacobian(weights, *chunk) for chunk in chunks))
+            values, gradients = zip(*(jacobian(weights[group], context, *c) for c in chunks))
             for parts in zip(*gradients):
-                rows_of_chunks = [np.asarray(p).reshape(len(p), -1) for p in parts]
-                matrix = np.concatenate(rows_of_chunks) if len(parts) > 1 else rows_of_chunks[0]
+                parts = map(keras.ops.convert_to_numpy, parts)
+                rows_of_chunks = [p.reshape(len(p), -1) for p in parts]
+                matrix = np.concatenate(rows_of_chunks) if len(chunks) > 1 else rows_of_chunks[0]
                 gram += _gram(matrix)
-        values = np.concatenate([np.asarray(v, dtype="float64") for v in values])
+        values = np.concatenate([keras.ops.convert_to_numpy(v) for v in values]).astype("float64")
         log_loss = float(np.sum(self._values.log_loss_factors(values)))
         epsilon = float(np.spacing(matrix.dtype.type(1)))
         geometry, cause = log_determinant(gram, epsilon, self._num_weights)
@@ -277,5 +283,6 @@ def _gram(matrix, width=2**16):
     gram = np.zeros((len(matrix), len(matrix)))
     for start in range(0, matrix.shape[1], width):
         columns = matrix[:, start : start + width].astype("float64")
-        gram += columns @ columns.T
+        with np.errstate(invalid="ignore"):  # NaN is reported with its cause by `gamma_hat`
+            gram += columns @ columns.T
     return gram

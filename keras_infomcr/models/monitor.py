@@ -29,7 +29,13 @@ class RegularizerMonitor:
         """Take in the value on a batch; part of the compiled training step."""
         self.mean.update_state(value, sample_weight=batch_size)
         is_full = batch_size * backend.num_replicas() >= self.num_sub_batches
-        self.full_batches.update_state(keras.ops.cast(is_full, "float32"))
+        if isinstance(batch_size, int):
+            is_full = 1.0 if is_full else 0.0
+        self.full_batches.update_state(is_full)
+
+    @property
+    def variables(self):
+        return [*self.mean.variables, *self.full_batches.variables]
 
     def reset(self):
         """Begin an epoch."""

@@ -6,6 +6,7 @@ from keras.src.models.functional import Functional  # not exported; stands here 
 from keras_infomcr import backend, objective, regularizers, validation
 from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
+from keras_infomcr.models.train_step import train_step
 
 _NOT_CALLED_WHEN_WRAPPED = (
     "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics",
@@ -43,7 +44,7 @@ class RegularizedModel(keras.Model):
     Regularization", ICML 2020 (https://arxiv.org/abs/1911.08192).
     """
 
-    regularizer = None
+    _regularizer = None
     _regularizer_active = True
     _monitor = None
     # The compiled step of the other position of the gate, so that flipping back costs nothing.
@@ -112,22 +113,30 @@ class RegularizedModel(keras.Model):
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
-            ValueError: If `regularizer` is none of these, or the model has an attribute of that
-                name of its own.
+            ValueError: If `regularizer` is none of these.
         """
         regularizer = regularizers.get(regularizer)
-        if not isinstance(self.regularizer, (regularizers.Regularizer, type(None))):
-            raise ValueError(
-                "The attribute `regularizer` of a `RegularizedModel` is taken. "
-                f"Received: regularizer={self.regularizer!r}. Give yours another name."
-            )
         super().compile(*args, **kwargs)
         if regularizer is not None:
             regularizer.check(self)
             self._monitor = RegularizerMonitor(regularizer.num_sub_batches)
-        self.regularizer = regularizer
+        self._regularizer = regularizer
         self._other_train_function = None
         self.learning_rate_peak.reset()
+
+    @property
+    def regularizer(self) -> regularizers.Regularizer | None:
+        # Its coefficient may be about to be read or assigned, in the middle of an epoch too.
+        backend.attach_state(self)
+        return self._regularizer
+
+    @regularizer.setter
+    def regularizer(self, value):
+        raise ValueError(
+            "The attribute `regularizer` of a `RegularizedModel` is taken. "
+            f"Received: regularizer={value!r}. A regulariser is passed to `compile`; give an "
+            "attribute of yours another name."
+        )
 
     @property
     def regularizer_active(self) -> bool:
@@ -148,12 +157,17 @@ class RegularizedModel(keras.Model):
     def make_train_function(self, force=False):
         if force:
             self._other_train_function = None
-        return super().make_train_function(force)
+        with backend.making_train_function(self):
+            return super().make_train_function(force)
 
     def train_step(self, *args):
-        if self.regularizer is None or not self.regularizer_active or not self._is_trainable():
+        if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
             return super().train_step(*args)
-        return backend.train_step(objective.Objective(self), self.regularizer, self._monitor, *args)
+
+        def step(data):
+            return train_step(objective.Objective(self), self._regularizer, self._monitor, data)
+
+        return backend.train_step(step, self, *args)
 
     def _is_trainable(self):
         return bool(self.trainable_variables) or not self.built
@@ -170,9 +184,17 @@ class RegularizedModel(keras.Model):
         **kwargs,
     ):
         """Train the model, as `keras.Model.fit`, with `infomcr_reg` in the logs."""
-        if self.regularizer is not None:
+        if self._regularizer is not None:
             callbacks = _with_log(callbacks, LogRegularizer(self._monitor))
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+
+    @property
+    def metrics_variables(self):
+        variables = super().metrics_variables
+        if self._regularizer is None:
+            return variables
+        ours = [*self._monitor.variables, self._regularizer.strength]
+        return [*variables, *backend.passed_with_metrics(ours)]
 
     @property
     def losses(self):
@@ -189,7 +211,7 @@ class RegularizedModel(keras.Model):
             # Inside the optimizer's entry, where Keras ignores it: `keras.models.clone_model`
             # hands this to plain models too, whose `compile` would refuse another argument.
             config["optimizer"]["keras_infomcr"] = {
-                "regularizer": keras.saving.serialize_keras_object(self.regularizer),
+                "regularizer": keras.saving.serialize_keras_object(self._regularizer),
                 "regularizer_active": self.regularizer_active,
             }
         return config

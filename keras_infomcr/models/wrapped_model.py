@@ -6,6 +6,7 @@ import zipfile
 
 import keras
 
+from keras_infomcr import backend
 from keras_infomcr.models.regularized_model import RegularizedModel
 
 
@@ -41,7 +42,9 @@ class WrappedModel(RegularizedModel):
     def call(self, inputs, training=None):
         if training is None or not self.model._call_has_training_arg:
             return self.model(inputs)
-        return self.model(inputs, training=training)
+        if not self.model.built:
+            return self.model(inputs, training=training)
+        return backend.forward(self.model, inputs, training=training)
 
     def save_weights(self, *args, **kwargs):
         """Save the weights, and the optimizer's, as the wrapped model does."""

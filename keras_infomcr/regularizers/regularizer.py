@@ -5,7 +5,7 @@ import abc
 import keras
 import numpy as np
 
-from keras_infomcr import validation
+from keras_infomcr import backend, validation
 from keras_infomcr.scalars import to_float
 
 
@@ -37,9 +37,10 @@ class Regularizer(abc.ABC):
 
     def __init__(self, strength: float):
         validation.non_negative(strength=strength)
-        # float64 throughout, so that float64 weights feel the float that was given.
+        # So wide that float64 weights feel the float that was given.
+        dtype = backend.widest_float()
         self._strength = keras.Variable(
-            np.array(strength, "float64"), dtype="float64", trainable=False, name="strength"
+            np.array(strength, dtype), dtype=dtype, trainable=False, name="strength"
         )
 
     @property
@@ -50,7 +51,7 @@ class Regularizer(abc.ABC):
     def strength(self, value):
         value = to_float(value) if hasattr(value, "shape") else value
         validation.non_negative(strength=value)
-        self._strength.assign(np.array(value, "float64"))
+        self._strength.assign(np.array(value, self._strength.dtype))
 
     @abc.abstractmethod
     def __call__(self, objective, batch):
@@ -62,6 +63,9 @@ class Regularizer(abc.ABC):
 
     def check(self, model):  # noqa: B027 (most regularisers have nothing to check)
         """Raise or warn if the model, as compiled, does not fit the regulariser."""
+
+    def check_weights(self, model):  # noqa: B027
+        """Raise if the weights do not fit the regulariser; called before each step."""
 
     @abc.abstractmethod
     def get_config(self):

@@ -5,11 +5,11 @@ import warnings
 import keras
 
 from keras_infomcr import backend, validation
-from keras_infomcr.core.paired_evaluations import paired_evaluations
+from keras_infomcr.core.sub_batch_averages import finite_differences, hessian_vector_products
 from keras_infomcr.objective import HALF_PRECISION
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer
-from keras_infomcr.scalars import to_float
+from keras_infomcr.scalars import times, to_shortest_float
 
 
 @keras.saving.register_keras_serializable("keras_infomcr")
@@ -24,7 +24,7 @@ class SubBatchPerturbation(Regularizer):
     and a training step follows the gradient of L(B, w) + penalties + beta R_alpha(w). To first
     order R_alpha is alpha times the mean of ||g_i||^2, a sample of the trace of the Fisher
     information. L is the compiled loss, with `add_loss` terms and without weight penalties.
-    The difference is taken in float32 at least, whatever the dtype policy.
+    All is computed in float32 at least, whatever the dtype policy.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
@@ -45,6 +45,11 @@ class SubBatchPerturbation(Regularizer):
             `"auto"`: the second where the numbers are known to be the same (no layer couples
             the examples of a batch or draws random numbers, losses are means over the examples),
             else the first. Defaults to `"auto"`.
+        estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
+            its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
+            constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).
+            The first also sees the kinks of the loss (ReLU) that lie between w and w - alpha g,
+            the second curvature alone, at a higher cost. Defaults to `"finite_difference"`.
 
     Attributes:
         beta: The live coefficient, a `keras.Variable`. Assign a float to change it.
@@ -67,33 +72,34 @@ class SubBatchPerturbation(Regularizer):
         beta: float = 10.0,
         num_sub_batches: int = 8,
         main_gradient: str = "auto",
+        estimator: str = "finite_difference",
     ):
         validation.positive(alpha=alpha)
         validation.non_negative(beta=beta)
         validation.integer(minimum=1, num_sub_batches=num_sub_batches)
         validation.one_of("auto", "full_batch", "sub_batches", main_gradient=main_gradient)
+        validation.one_of("finite_difference", "hessian_vector_product", estimator=estimator)
         super().__init__(beta)
         self.alpha = alpha
         self.num_sub_batches = num_sub_batches
         self.main_gradient = main_gradient
+        self.estimator = estimator
 
     def __call__(self, objective, batch):
-        """Return the `PairedEvaluations` of a batch."""
-        self._check_weights(objective.model)
-        value_and_grad = backend.value_and_grad(objective)
-
-        def evaluate(weights, state, sub_batch):
-            (loss, (predictions, new_state)), gradients = value_and_grad(weights, state, sub_batch)
-            return loss, gradients, predictions, new_state
-
-        return paired_evaluations(
+        """Return the `SubBatchAverages` of a batch."""
+        self.check_weights(objective.model)  # built, perhaps, only now
+        count = max(1, self.num_sub_batches // backend.num_replicas())
+        average, evaluate = finite_differences, _gradients_of(objective)
+        if self.estimator == "hessian_vector_product":
+            average, evaluate = hessian_vector_products, _products_of(objective)
+        return average(
             evaluate,
             objective.weights(),
             objective.state(),
-            objective.sub_batches(batch, max(1, self.num_sub_batches // backend.num_replicas())),
+            objective.sub_batches(batch, count),
             self.alpha,
             advance=objective.advance,
-            multiply=lambda scalar, array: keras.ops.cast(scalar, array.dtype) * array,
+            multiply=times,
         )
 
     def gives_main_gradient(self, model):
@@ -125,17 +131,8 @@ class SubBatchPerturbation(Regularizer):
                 stacklevel=3,
             )
 
-    def get_config(self):
-        """Return the constructor's arguments, `beta` at its present value."""
-        return {
-            "alpha": self.alpha,
-            "beta": to_float(self.beta),
-            "num_sub_batches": self.num_sub_batches,
-            "main_gradient": self.main_gradient,
-        }
-
-    @staticmethod
-    def _check_weights(model):
+    def check_weights(self, model):
+        """Refuse half-precision weights, where the finite difference would vanish."""
         halves = [v.path for v in model.trainable_variables if v.dtype in HALF_PRECISION]
         if halves:
             raise ValueError(
@@ -143,3 +140,36 @@ class SubBatchPerturbation(Regularizer):
                 f"Received: half-precision weights {halves}. Use the dtype policy "
                 '"mixed_float16" or "mixed_bfloat16".'
             )
+
+    def get_config(self):
+        """Return the constructor's arguments, `beta` at its present value."""
+        return {
+            "alpha": self.alpha,
+            "beta": to_shortest_float(self.beta),
+            "num_sub_batches": self.num_sub_batches,
+            "main_gradient": self.main_gradient,
+            "estimator": self.estimator,
+        }
+
+
+def _gradients_of(objective):
+    value_and_grad = backend.value_and_grad(objective)
+
+    def evaluate(weights, state, sub_batch):
+        (loss, (predictions, new_state)), gradients = value_and_grad(weights, state, sub_batch)
+        return loss, gradients, predictions, new_state
+
+    return evaluate
+
+
+def _products_of(objective):
+    product_with_gradient = backend.hessian_vector_product(objective)
+
+    def evaluate(weights, state, sub_batch):
+        value, gradients, products = product_with_gradient(weights, None, state, sub_batch)
+        loss, (predictions, new_state) = value
+        squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
+        squared_norm = keras.ops.cast(sum(squares), loss.dtype)
+        return loss, gradients, products, squared_norm, predictions, new_state
+
+    return evaluate

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from frameworks import BACKEND
 from keras import layers
 from keras.optimizers import schedules
 
@@ -107,7 +108,7 @@ def test_it_acts_on_training(by_step):
     fit(scheduled, RegularizationSchedule(schedule), epochs=1)
     calls = Counting.calls
     fit(scheduled, RegularizationSchedule(schedule), initial_epoch=1)
-    assert Counting.calls == calls > 0
+    assert (Counting.calls == calls > 0) or BACKEND == "torch"  # where nothing is traced
     for epoch, value in enumerate(values):
         by_hand.regularizer.beta = value
         fit(by_hand, None, epochs=epoch + 1, initial_epoch=epoch)

@@ -3,10 +3,15 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from frameworks import BACKEND
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
+
+if BACKEND != "tensorflow":
+    pytest.skip("`tf.distribute` is TensorFlow's", allow_module_level=True)
+
+import tensorflow as tf
 
 BETA = 5.0
 

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from keras_infomcr.core.paired_evaluations import paired_evaluations
+from keras_infomcr.core.sub_batch_averages import finite_differences
 
 ALPHA = 0.03
 FRACTIONS = [0.5, 0.3, 0.2]
@@ -55,14 +55,14 @@ SUB_BATCHES = list(zip(FRACTIONS, range(3)))
 
 
 def test_value_of_a_quadratic(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     g = quadratic.gradients(weights)
     terms = ALPHA * (g * g).sum(1) - ALPHA**2 / 2 * ((g @ quadratic.hessian) * g).sum(1)
     np.testing.assert_allclose(result.value, FRACTIONS @ terms, **DIFFERENCE)
 
 
 def test_gradient_of_a_quadratic(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     expected = FRACTIONS @ (ALPHA * quadratic.gradients(weights) @ quadratic.hessian)
     np.testing.assert_allclose(np.concatenate(result.gradient), expected, **DIFFERENCE)
     assert [g.shape for g in result.gradient] == [(2,), (3,)]
@@ -81,12 +81,12 @@ def test_gradient_is_the_derivative_of_the_value_at_constant_steps(quadratic, we
     w = np.concatenate(weights)
     # The value is a polynomial of degree two: central differences are exact up to rounding.
     derivative = [(value(w + e) - value(w - e)) / 2 for e in np.eye(5)]
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     np.testing.assert_allclose(np.concatenate(result.gradient), derivative, **DIFFERENCE)
 
 
 def test_loss_and_its_gradient_are_weighted_means(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     g = quadratic.gradients(weights)
     losses = ((np.concatenate(weights) - quadratic.centres) * g).sum(1) / 2
     np.testing.assert_allclose(result.loss, FRACTIONS @ losses, rtol=1e-13)
@@ -95,7 +95,7 @@ def test_loss_and_its_gradient_are_weighted_means(quadratic, weights):
 
 def test_value_to_first_order_is_alpha_times_the_mean_squared_gradient(quadratic, weights):
     alpha = 1e-6
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, alpha)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, alpha)
     squares = (quadratic.gradients(weights) ** 2).sum(1)
     # The next term of the series, relative to the first, is alpha times half of A's largest
     # eigenvalue at most; rounding is of the order 1e-15 / alpha.
@@ -104,7 +104,7 @@ def test_value_to_first_order_is_alpha_times_the_mean_squared_gradient(quadratic
 
 
 def test_each_sub_batch_is_evaluated_at_w_and_at_w_minus_alpha_g(quadratic, weights):
-    paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     w, steps = np.concatenate(weights), ALPHA * quadratic.gradients(weights)
     points = [point for i in range(3) for point in (w, w - steps[i])]
     assert [batch for _, _, batch in quadratic.calls] == [0, 0, 1, 1, 2, 2]
@@ -113,26 +113,26 @@ def test_each_sub_batch_is_evaluated_at_w_and_at_w_minus_alpha_g(quadratic, weig
 
 def test_weights_and_state_are_left_as_they_were(quadratic, weights):
     before, state = [w.copy() for w in weights], [np.array(7)]
-    paired_evaluations(quadratic, weights, state, SUB_BATCHES, ALPHA, advance=lambda old, new: new)
+    finite_differences(quadratic, weights, state, SUB_BATCHES, ALPHA, advance=lambda old, new: new)
     np.testing.assert_array_equal(np.concatenate(weights), np.concatenate(before))
     assert state == [7]
 
 
 def test_both_evaluations_of_a_pair_start_from_the_same_state(quadratic, weights):
     advance = lambda old, new: [10 * old[0] + new[0]]  # noqa: E731
-    paired_evaluations(quadratic, weights, [1], SUB_BATCHES, ALPHA, advance)
+    finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA, advance=advance)
     # 10 * 1 + 2 = 12, then 10 * 12 + 13 = 133.
     assert [state for _, state, _ in quadratic.calls] == [[1], [1], [12], [12], [133], [133]]
 
 
 def test_state_does_not_advance_by_default(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [1], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA)
     assert [state for _, state, _ in quadratic.calls] == [[1]] * 6
     assert result.states == [[2]] * 3
 
 
 def test_predictions_are_those_at_w(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     expected = 10 * np.arange(3) + weights[0][0] - quadratic.centres[:, 0]
     np.testing.assert_allclose(result.predictions, expected, rtol=1e-14)
     assert result.fractions == FRACTIONS
@@ -147,10 +147,10 @@ def test_weight_without_gradient_stays_without(quadratic, weights):
         return loss, [*gradients, None], *rest
 
     unused = np.ones(4)
-    result = paired_evaluations(evaluate, [*weights, unused], [], SUB_BATCHES, ALPHA)
+    result = finite_differences(evaluate, [*weights, unused], [], SUB_BATCHES, ALPHA)
     assert result.gradient[2] is None and result.loss_gradient[2] is None
     assert all(point is unused for point in points)
-    expected = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     np.testing.assert_array_equal(result.gradient[1], expected.gradient[1])
 
 
@@ -159,26 +159,26 @@ def test_weight_that_only_some_sub_batches_reach_keeps_their_share(quadratic, we
         loss, gradients, *rest = quadratic(ws, state, batch)
         return loss, [gradients[0], gradients[1] if batch == 1 else None], *rest
 
-    result = paired_evaluations(evaluate, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(evaluate, weights, [], SUB_BATCHES, ALPHA)
     expected = FRACTIONS[1] * quadratic.gradients(weights)[1][2:]
     np.testing.assert_allclose(result.loss_gradient[1], expected, rtol=1e-14)
 
 
 def test_one_sub_batch_is_the_whole_batch(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], [(1.0, 2)], ALPHA)
+    result = finite_differences(quadratic, weights, [], [(1.0, 2)], ALPHA)
     expected = ALPHA * quadratic.hessian @ quadratic.gradients(weights)[2]
     np.testing.assert_allclose(np.concatenate(result.gradient), expected, **DIFFERENCE)
 
 
 def test_fraction_zero_counts_for_nothing(quadratic, weights):
-    with_surplus = paired_evaluations(quadratic, weights, [], [*SUB_BATCHES, (0.0, 0)], ALPHA)
-    expected = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    with_surplus = finite_differences(quadratic, weights, [], [*SUB_BATCHES, (0.0, 0)], ALPHA)
+    expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     np.testing.assert_array_equal(with_surplus.value, expected.value)
     np.testing.assert_array_equal(with_surplus.gradient[0], expected.gradient[0])
 
 
 def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
-    result = paired_evaluations(
+    result = finite_differences(
         quadratic,
         weights,
         [],
@@ -186,7 +186,7 @@ def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
         ALPHA,
         multiply=lambda scalar, array: 2 * scalar * array,
     )
-    expected = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     for field in ("value", "loss"):
         np.testing.assert_allclose(getattr(result, field), 2 * getattr(expected, field), rtol=1e-15)
     for field in ("gradient", "loss_gradient"):
@@ -195,6 +195,6 @@ def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
 
 
 def test_result_is_frozen(quadratic, weights):
-    result = paired_evaluations(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.value = 0.0

@@ -1,0 +1,216 @@
+"""JAX: differentiation of functions of weights, and the training step.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
+uses them too: `_loss_tracker`.
+"""
+
+import contextlib
+import functools
+
+import jax
+import keras
+
+
+def _in_true_float32(function):
+    """Let an NVIDIA GPU compute float32 matrix products in float32, not in TensorFloat-32."""
+
+    @functools.wraps(function)
+    def precise(*args):
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
+    return precise
+
+
+def value_and_grad(function):
+    """Return `f(weights, *args) -> ((value, auxiliary), gradients)`."""
+    return _in_true_float32(jax.value_and_grad(function, has_aux=True))
+
+
+def hessian_vector_product(function):
+    """Return `f(weights, vector, *args) -> ((value, auxiliary), gradients, products)`."""
+
+    def gradient_and_value(weights, *args):
+        value, gradients = jax.value_and_grad(function, has_aux=True)(weights, *args)
+        return gradients, value
+
+    @_in_true_float32
+    def product(weights, vector, *args):
+        gradients, product_with, value = jax.linearize(
+            lambda w: gradient_and_value(w, *args), weights, has_aux=True
+        )
+        return value, gradients, product_with(vector or gradients)
+
+    return product
+
+
+def jacobian(function, coupled, compiled=True):
+    """Return `f(weights, context, *args) -> (values, rows)`."""
+    jit = jax.jit if compiled else lambda f: f
+
+    @jit
+    @_in_true_float32
+    def linearize(weights, context, *args):
+        return jax.vjp(lambda w: function(w, context, *args), weights)
+
+    @jit
+    def pull_back(pullback, selector):
+        return pullback(selector)[0]
+
+    def whole(weights, context, *args):
+        values, pullback = linearize(weights, context, *args)
+        # Not in a compiled loop: there XLA's convolutions are slow on CPUs.
+        rows = [pull_back(pullback, one) for one in jax.numpy.eye(len(values), dtype=values.dtype)]
+        return values, [jax.numpy.stack(r) for r in zip(*rows)]
+
+    @jit
+    @_in_true_float32
+    def by_example(weights, context, *args):
+        def one(weights, example):
+            example = jax.tree.map(lambda a: a[None], example)
+            return function(weights, context, *example)[0]
+
+        return jax.vmap(jax.value_and_grad(one), in_axes=(None, 0))(weights, args)
+
+    return whole if coupled else by_example
+
+
+def main_pass(model, x, y, sample_weight):
+    """Run Keras's forward and backward pass."""
+    state, metrics = model.non_trainable_variables, model.metrics_variables
+    gradient = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
+    (_, (loss, y_pred, *updates)), gradients = gradient(
+        *(_values(v) for v in (model.trainable_variables, state, metrics)),
+        x,
+        y,
+        sample_weight,
+        training=True,
+        optimizer_variables=_values(model.optimizer.variables),
+    )
+    for variables, values in zip((state, metrics), updates):
+        _assign(variables, values)
+    model._loss_tracker.update_state(loss, sample_weight=batch_size(x))
+    return y_pred, gradients
+
+
+def _values(variables):
+    return [v.value for v in variables]
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+
+
+def forward(model, x, **kwargs):
+    """Return the outputs of the model's `call`, which Keras calls directly."""
+    return model.call(x, **kwargs)
+
+
+def add(gradient, term):
+    """Return gradient + term."""
+    return gradient + term
+
+
+def apply(optimizer, gradients, variables):
+    """Take the optimizer's step."""
+    # Not `optimizer.apply`, which a `LossScaleOptimizer` has for stateful backends alone.
+    values, state = optimizer.stateless_apply(
+        _values(optimizer.variables), gradients, _values(variables)
+    )
+    _assign([*variables, *optimizer.variables], [*values, *state])
+
+
+def train_step(step, model, state, data):
+    """Return the logs and the new state: of Keras's four lists of variables, in its order."""
+    lists = _lists(model)
+    mapping = [pair for variables, values in zip(lists, state) for pair in zip(variables, values)]
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        logs = step(data)
+    return logs, tuple([scope.get_current_value(v) for v in variables] for variables in lists)
+
+
+def passed_with_metrics(variables):
+    """Return all: a compiled step reads and assigns only what is passed to it."""
+    return variables
+
+
+@contextlib.contextmanager
+def making_train_function(model):
+    """Have the step compiled apart from others, and the state kept if it fails."""
+    train_step, before = type(model).train_step, model.train_function
+    # JAX compiles equal functions once: let this be equal to no other.
+    object.__setattr__(model, "train_step", lambda *args: train_step(model, *args))
+    try:
+        yield
+    finally:
+        object.__delattr__(model, "train_step")
+    if model.train_function is not before:
+        model.train_function = _keeping_state(model, model.train_function)
+
+
+def _keeping_state(model, train_function):
+    """Give the variables back the values that `fit` has taken from them, should a step fail."""
+
+    def function(state, iterator):
+        try:
+            return train_function(state, iterator)
+        except StopIteration:
+            raise
+        except Exception:
+            for variables, values in zip(_lists(model), state):
+                for variable, value in zip(variables, values):
+                    if not value.is_deleted():
+                        variable.assign(value)
+            raise
+
+    return function
+
+
+def _lists(model):
+    """Return the lists of variables that make Keras's state, in its order."""
+    return (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+
+
+def batch_size(batch):
+    """Return the number of examples."""
+    return next(a for a in keras.tree.flatten(batch) if a is not None).shape[0]
+
+
+def slice_rows(array, start, length):
+    """Return rows of a dense or sparse array."""
+    return array[start : start + length]
+
+
+def random_state():
+    """Return nothing: JAX has no hidden random state."""
+    return []
+
+
+def set_random_state(state):
+    """Do nothing."""
+
+
+def attach_state(model):
+    """Give the variables the values that `fit` holds, and let it read them again."""
+    model.jax_state_sync()
+
+
+def widest_float():
+    """Return `"float64"` where `jax_enable_x64` is set, else `"float32"`."""
+    return "float64" if jax.config.jax_enable_x64 else "float32"
+
+
+def num_replicas():
+    """Return 1: JAX's programs see the whole batch, on however many devices it lies."""
+    return 1
+
+
+def low_precision_products():
+    """Return `False`: the precision is asked for operation by operation."""
+    return False

@@ -1,0 +1,128 @@
+"""InfoMCR's regulariser from the sub-batches of a batch, by two estimators."""
+
+import dataclasses
+import operator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SubBatchAverages:
+    """What the sub-batches of a batch give together. The weight of each is its fraction b_i/B.
+
+    Attributes:
+        value: The average of the regulariser, a scalar.
+        gradient: The average of its gradient, a list like the weights.
+        loss: The average of L(B_i, w), a scalar.
+        loss_gradient: The average of g_i = grad L(B_i, w), a list like the weights.
+        predictions: The predictions at w, one entry a sub-batch.
+        states: The state after the evaluation at w, one entry a sub-batch.
+        fractions: The fractions b_i/B.
+    """
+
+    value: Any
+    gradient: list
+    loss: Any
+    loss_gradient: list
+    predictions: list
+    states: list
+    fractions: list
+
+
+def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
+    """Evaluate every sub-batch at w and at w - alpha g_i, with g_i held constant.
+
+        value = L(B_i, w) - L(B_i, w - alpha g_i),    gradient = g_i - grad L(B_i, w - alpha g_i)
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Algorithm 1 (https://arxiv.org/abs/1911.08192).
+
+    Args:
+        evaluate: Function `(weights, state, batch) -> (loss, gradients, predictions, new_state)`;
+            a gradient is `None` where the loss does not depend on the weight.
+        weights: List of arrays, w.
+        state: List of arrays that both evaluations of a pair start from.
+        sub_batches: Iterable of `(fraction, batch)`, the fractions b_i/B adding up to 1.
+        alpha: Float, the step of the finite difference.
+        **kwargs: As for `average`.
+
+    Returns:
+        A `SubBatchAverages`.
+    """
+
+    def terms(state, batch):
+        loss, g, predictions, new_state = evaluate(weights, state, batch)
+        moved = [w if d is None else w - alpha * d for w, d in zip(weights, g)]
+        moved_loss, h, _, _ = evaluate(moved, state, batch)
+        difference = _add(g, _scale(-1, h, operator.mul))
+        return loss - moved_loss, difference, loss, g, predictions, new_state
+
+    return average(terms, len(weights), state, sub_batches, **kwargs)
+
+
+def hessian_vector_products(evaluate, weights, state, sub_batches, alpha, **kwargs):
+    """Take the limit of `finite_differences` as alpha vanishes, to first order in alpha.
+
+        value = alpha ||g_i||^2,    gradient = alpha H_i g_i,    H_i the Hessian of L(B_i, w)
+
+    (With g_i held constant: the gradient of alpha ||g_i||^2 itself is twice as long.)
+
+    Args:
+        evaluate: Function `(weights, state, batch) -> (loss, gradients, products, squared_norm,
+            predictions, new_state)`, `products` the H_i g_i, `squared_norm` ||g_i||^2.
+        weights: As for `finite_differences`.
+        state: As for `finite_differences`.
+        sub_batches: As for `finite_differences`.
+        alpha: As for `finite_differences`.
+        **kwargs: As for `average`.
+
+    Returns:
+        A `SubBatchAverages`.
+    """
+
+    def terms(state, batch):
+        loss, g, products, squared_norm, predictions, new_state = evaluate(weights, state, batch)
+        curvature = _scale(alpha, products, operator.mul)
+        return alpha * squared_norm, curvature, loss, g, predictions, new_state
+
+    return average(terms, len(weights), state, sub_batches, **kwargs)
+
+
+def average(terms, num_weights, state, sub_batches, advance=None, multiply=operator.mul):
+    """Average over the sub-batches of a batch.
+
+    Args:
+        terms: Function `(state, batch) -> (value, gradient, loss, loss_gradient, predictions,
+            new_state)` of one sub-batch.
+        num_weights: Integer, the length of its gradients.
+        state: List of arrays, the state that the first sub-batch starts from.
+        sub_batches: Iterable of `(fraction, batch)`, the fractions b_i/B adding up to 1.
+        advance: Function `(state, new_state) -> state` that gives the next sub-batch its state.
+            Defaults to the same state for all.
+        multiply: Function `(scalar, array) -> array`. Defaults to `scalar * array`.
+
+    Returns:
+        A `SubBatchAverages`.
+    """
+    value = loss = 0.0
+    gradient = loss_gradient = [None] * num_weights
+    predictions, states, fractions = [], [], []
+    for fraction, batch in sub_batches:
+        v, d, here, g, prediction, new_state = terms(state, batch)
+        value = value + multiply(fraction, v)
+        loss = loss + multiply(fraction, here)
+        gradient = _add(gradient, _scale(fraction, d, multiply))
+        loss_gradient = _add(loss_gradient, _scale(fraction, g, multiply))
+        predictions.append(prediction)
+        states.append(new_state)
+        fractions.append(fraction)
+        state = state if advance is None else advance(state, new_state)
+    return SubBatchAverages(value, gradient, loss, loss_gradient, predictions, states, fractions)
+
+
+def _scale(scalar, terms, multiply):
+    return [None if term is None else multiply(scalar, term) for term in terms]
+
+
+def _add(totals, terms):
+    """Add lists of arrays, `None` counting as zero."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(totals, terms)]

@@ -1,0 +1,131 @@
+"""What torch users count on: parameters' flags, the random generator, data on the device."""
+
+import collections
+
+import keras
+import numpy as np
+import pytest
+from frameworks import BACKEND
+
+if BACKEND != "torch":
+    pytest.skip("properties of torch", allow_module_level=True)
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keras_infomcr import RegularizedModel
+from keras_infomcr.flatness import gamma_hat
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+X = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+Y = np.random.default_rng(1).integers(0, 3, size=12)
+ESTIMATORS = ["finite_difference", "hessian_vector_product"]
+
+
+def compiled(base=RegularizedModel, dropout=0.0, **kwargs):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(5, "tanh")(inputs))
+    model = base(inputs, keras.layers.Dense(3)(keras.layers.Dropout(dropout)(x)))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, **kwargs)
+    return model
+
+
+def regularized(estimator="finite_difference", beta=1.0, **kwargs):
+    rule = SubBatchPerturbation(0.01, beta, 3, estimator=estimator)
+    return compiled(regularizer=rule, **kwargs)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_grad_and_requires_grad_are_left_as_found(estimator):
+    model = regularized(estimator)
+    model.layers[1].bias.value.requires_grad_(False)
+    model.layers[1].bias.trainable = False
+    parameters = [v.value for v in model.variables if torch.is_floating_point(v.value)]
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, i) if parameter.requires_grad else None
+    before = [(p.grad, p.requires_grad, p.grad_fn) for p in parameters]
+    model.fit(X, Y, 4, verbose=0)
+    gamma_hat(model, X, Y, num_examples=4, num_trials=2)
+    for i, (parameter, (grad, *flags)) in enumerate(zip(parameters, before)):
+        assert parameter.grad is grad
+        assert grad is None or torch.all(grad == i)
+        assert [parameter.requires_grad, parameter.grad_fn] == flags
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_unseeded_dropout_draws_as_in_plain_keras(estimator):
+    """The regulariser forks torch's global generator: with beta = 0 the same masks are seen."""
+    models = regularized(estimator, beta=0.0, dropout=0.5), compiled(keras.Model, dropout=0.5)
+    after = []
+    for model in models:
+        keras.utils.set_random_seed(1)
+        model.fit(X, Y, 4, epochs=3, verbose=0)
+        after.append(torch.rand(3))
+    for ours, plain in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(ours, plain)
+    assert torch.equal(*after)
+
+
+def test_unseeded_dropout_is_the_same_in_a_pair():
+    """Of a linear model R_alpha / alpha does not depend on alpha, unless masks differ."""
+    values = []
+    for alpha in (1e-3, 1e-1):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        outputs = keras.layers.Dense(1)(keras.layers.Dropout(0.5)(inputs))
+        model = RegularizedModel(inputs, outputs)
+        rule = SubBatchPerturbation(alpha, 1.0, 3)
+        model.compile("sgd", lambda y, y_pred: y_pred[:, 0], regularizer=rule)
+        logs = model.fit(X, Y, 12, verbose=0).history
+        values.append(logs["infomcr_reg"][0] / alpha)
+    # The loss is of order 1: its difference is rounded to 1e-7, over alpha 1e-4.
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert values[0] > 0.1
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, those that make the host wait for a device among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_step_reads_no_more_from_the_device_than_keras_does(estimator):
+    """Keras's SGD reads the learning rate."""
+    counts = []
+    for model in (compiled(keras.Model), regularized(estimator)):
+        with Operations() as operations:
+            model.train_step((torch.from_numpy(X), torch.from_numpy(Y)))
+        counts.append(operations.counts)
+    reads = [c[torch.ops.aten._local_scalar_dense] for c in counts]
+    assert reads == [1, 1]
+    assert counts[1].total() > 2 * counts[0].total()
+
+
+def test_data_loader():
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=5
+    )
+    models = regularized(), regularized()
+    models[0].fit(loader, shuffle=False, epochs=2, verbose=0)
+    models[1].fit(X, Y, batch_size=5, shuffle=False, epochs=2, verbose=0)
+    for a, b in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(a, b)
+    settings = {"num_examples": 4, "num_trials": 3, "seed": 0}
+    of_loader = gamma_hat(models[0], loader, **settings)
+    np.testing.assert_array_equal(of_loader.trials, gamma_hat(models[1], X, Y, **settings).trials)
+
+
+def test_tensors_that_need_a_gradient_are_measured():
+    x = torch.from_numpy(X).requires_grad_()
+    model, settings = compiled(), {"num_examples": 4, "num_trials": 3, "seed": 0}
+    expected = gamma_hat(model, X, Y, **settings).trials
+    np.testing.assert_array_equal(gamma_hat(model, x, Y, **settings).trials, expected)
