@@ -478,7 +478,9 @@ def test_optimizer(optimizer):
 
 def test_optimizer_in_a_graph():
     def optimizer():
-        return sgd(use_ema=True, gradient_accumulation_steps=2, clipnorm=1 / 8)
+        # On JAX Keras cannot call `fit` twice with EMA: it donates a buffer to itself.
+        use_ema = BACKEND != "jax"
+        return sgd(use_ema=use_ema, gradient_accumulation_steps=2, clipnorm=1 / 8)
 
     check(two_layers, fitting(), compiling(optimizer))
 
@@ -612,7 +614,9 @@ def stateful(base):
 
 @not_stateful_on_torch
 def test_stateful_layers():
-    check(stateful, fitting(sequences(8), None, batch_size=None), compiling())
+    # On JAX Keras begins each batch with states of zero, where the literal reading carries them.
+    literal = BACKEND != "jax"
+    check(stateful, fitting(sequences(8), None, batch_size=None), compiling(), literal=literal)
 
 
 @pytest.mark.slow
