@@ -120,7 +120,7 @@ def main_pass(model, x, y, sample_weight):
     """Run Keras's forward and backward pass."""
     kwargs = {"training": True} if model._call_has_training_arg else {}
     with tf.GradientTape() as tape:
-        y_pred = forward(model, x, **kwargs)
+        y_pred = model(x, **kwargs)
         loss = model._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
         )

@@ -1,7 +1,8 @@
 """torch: differentiation of functions of weights, and the training step.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
-uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`.
+uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`; and `_flatten_layers`
+(the one list of all layers, nested ones included), `_value` of a variable.
 """
 
 import contextlib
@@ -98,7 +99,7 @@ def main_pass(model, x, y, sample_weight):
     """Run Keras's forward and backward pass, which leaves the `.grad` of parameters alone."""
     kwargs = {"training": True} if model._call_has_training_arg else {}
     with torch.enable_grad():
-        y_pred = forward(model, x, **kwargs)
+        y_pred = model(x, **kwargs)
         loss = model._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
         )
@@ -108,8 +109,32 @@ def main_pass(model, x, y, sample_weight):
 
 
 def forward(model, x, **kwargs):
-    """Return the outputs."""
-    return model(x, **kwargs)
+    """Return the outputs, with the modules of torch among the layers at the variables' values."""
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.TorchModuleWrapper):
+                stack.enter_context(_at_variables(layer))
+        return model(x, **kwargs)
+
+
+@contextlib.contextmanager
+def _at_variables(layer):
+    """Let a module, which holds its parameters itself, see a `StatelessScope`; keep its buffers."""
+    values = {id(v._value): v.value for v in layer.variables}
+    tensors = {name: values[id(p)] for name, p in layer.module.named_parameters()}
+    tensors |= {name: buffer.clone() for name, buffer in layer.module.named_buffers()}
+    training_before = layer.training
+
+    def call(*args, training=None, **kwargs):
+        layer.train(training is not False)
+        return torch.func.functional_call(layer.module, tensors, args, kwargs)
+
+    object.__setattr__(layer, "call", call)
+    try:
+        yield
+    finally:
+        object.__delattr__(layer, "call")
+        layer.train(training_before)
 
 
 def add(gradient, term):

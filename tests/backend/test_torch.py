@@ -129,3 +129,56 @@ def test_tensors_that_need_a_gradient_are_measured():
     model, settings = compiled(), {"num_examples": 4, "num_trials": 3, "seed": 0}
     expected = gamma_hat(model, X, Y, **settings).trials
     np.testing.assert_array_equal(gamma_hat(model, x, Y, **settings).trials, expected)
+
+
+def of_modules():
+    """Return a net of torch's own modules, and the same of Keras's layers."""
+    module = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5, eps=1e-3), torch.nn.Tanh()
+    )
+    torch_layers = [keras.layers.TorchModuleWrapper(module, output_shape=(None, 5))]
+    keras_layers = [
+        keras.layers.Dense(5),
+        keras.layers.BatchNormalization(epsilon=1e-3),
+        keras.layers.Activation("tanh"),
+    ]
+    models = []
+    for layers in (torch_layers, keras_layers):
+        inputs = x = keras.Input((4,))
+        for layer in [*layers, keras.layers.Dense(3)]:
+            x = layer(x)
+        models.append(RegularizedModel(inputs, x))
+    wrapped, plain = models
+    weights = [v.numpy() for v in wrapped.trainable_variables]
+    for variable, value in zip(plain.trainable_variables, [weights[0].T, *weights[1:]]):
+        variable.assign(value)
+    return wrapped, plain, module
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_modules_of_torch_are_regularized_as_layers_of_keras_are(estimator):
+    wrapped, plain, _ = of_modules()
+    rule = {"estimator": estimator, "num_sub_batches": 3, "alpha": 0.1}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for model in (wrapped, plain):
+        model.compile(keras.optimizers.SGD(0.1), loss, regularizer=SubBatchPerturbation(**rule))
+    logs = [m.fit(X, Y, 12, epochs=3, shuffle=False, verbose=0).history for m in (wrapped, plain)]
+    # Three steps in float32; the regulariser is a difference of losses a hundred times as large.
+    np.testing.assert_allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(logs[0]["infomcr_reg"], logs[1]["infomcr_reg"], rtol=1e-3)
+    assert min(logs[0]["infomcr_reg"]) > 1e-3
+
+
+def test_modules_of_torch_are_measured_and_left_as_they_were():
+    wrapped, plain, module = of_modules()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for model in (wrapped, plain):
+        model.compile("sgd", loss, regularizer=None)
+    module.train()
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    for training in (False, True):
+        settings = {"num_examples": 6, "num_trials": 2, "seed": 0, "training": training}
+        ours, expected = (gamma_hat(model, X, Y, **settings).trials for model in (wrapped, plain))
+        np.testing.assert_allclose(ours, expected, rtol=1e-3)
+    assert all(map(torch.equal, buffers, module.buffers()))
+    assert module.training
