@@ -24,6 +24,7 @@ def numbers(tmp_path_factory):
         if backend not in runs:
             path = tmp_path_factory.mktemp(backend) / "numbers.npz"
             environment = {**os.environ, "KERAS_BACKEND": backend}
+            environment["PYTHONPATH"] = os.pathsep.join(sys.path)
             subprocess.run([sys.executable, SCRIPT, path], check=True, env=environment)
             runs[backend] = dict(np.load(path))
         return runs[backend]

@@ -126,3 +126,23 @@ def test_float64_mode(float64):
     assert {v.dtype for v in model.trainable_variables} == {"float64"}
     assert all(v.value.dtype == "float64" for v in model.trainable_variables)
     assert model.regularizer.beta.value.dtype == "float64"
+
+
+def test_functions_of_jax_are_regularized_as_layers_of_keras_are():
+    kernel = np.random.default_rng(2).normal(size=(4, 3)).astype("float32")
+    of_jax = keras.layers.JaxLayer(
+        lambda params, inputs: jax.numpy.tanh(inputs @ params["kernel"]),
+        lambda rng, inputs: {"kernel": jax.numpy.zeros((4, 3))},
+    )
+    logs = []
+    for layer in (of_jax, keras.layers.Dense(3, "tanh", use_bias=False)):
+        inputs = keras.Input((4,))
+        outputs = keras.layers.Dense(2, kernel_initializer="ones")(layer(inputs))
+        model = RegularizedModel(inputs, outputs)
+        layer.set_weights([kernel])
+        model.compile("sgd", "mse", regularizer=SubBatchPerturbation(0.1, 5.0, 3))
+        logs.append(model.fit(X, Y, 12, epochs=3, shuffle=False, verbose=0).history)
+    # Three steps in float32; the regulariser is a difference of losses ten times as large.
+    np.testing.assert_allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(logs[0]["infomcr_reg"], logs[1]["infomcr_reg"], rtol=1e-4)
+    assert min(logs[0]["infomcr_reg"]) > 1e-3

@@ -16,7 +16,7 @@ import keras
 import mpmath
 import numpy as np
 import pytest
-from frameworks import BACKEND, array, global_random_number, jacobian, numpy, tensorflow
+from frameworks import BACKEND, array, global_random_number, jacobian, numpy, only_on, tensorflow
 from keras import layers, ops
 
 from keras_infomcr import RegularizedModel
@@ -211,6 +211,7 @@ class Branching(keras.Model):
         return self.dense(inputs) * (2.0 if float(keras.ops.sum(inputs)) > 0 else 1.0)
 
 
+@only_on("tensorflow", "torch", reason="Keras traces every model on JAX, to build it")
 @pytest.mark.slow
 def test_model_that_runs_eagerly(float64, data):
     x, y = data

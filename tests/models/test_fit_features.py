@@ -578,7 +578,8 @@ def test_layers_that_the_loss_does_not_reach(main, mode):
         hidden = keras.layers.Dense(3, "tanh")(inputs)
         return base(inputs, [keras.layers.Dense(2)(hidden), keras.layers.Dense(1)(hidden)])
 
-    with pytest.warns(UserWarning, match="Gradients do not exist for variables"):
+    warned = pytest.warns(UserWarning, match="Gradients do not exist for variables")
+    with contextlib.nullcontext() if BACKEND == "jax" else warned:  # where they are zero
         check(build, fitting(y=[Y, Y[:, :1]]), compiling(**mode, loss=["mse", None]), main)
 
 
