@@ -102,6 +102,7 @@ class Objective:
             _weight_penalties_excluded(),
             _random_state(state[num_variables:]),
             scope,
+            backend.modules_at_variables(model),
         ):
             yield lambda x: backend.forward(model, x, **kwargs), scope
 

@@ -15,6 +15,8 @@ least wherever the framework lets this be asked for.
 * `main_pass(model, x, y, sample_weight)`: Keras's own forward and backward pass, with all its
   effects on variables; returns the predictions and the gradients, scaled, perhaps sparse.
 * `forward(model, x, **kwargs)`: the outputs, with the layers in the mode of that pass.
+* `modules_at_variables(model)`: a context in which layers that are modules of the framework, and
+  hold their tensors themselves, use the present values of the variables and keep their state.
 * `add(gradient, term)`: a gradient of `main_pass` and a dense array, added.
 * `apply(optimizer, gradients, variables)`: the optimizer's step.
 * `train_step(step, model, *args)`: what Keras's `train_step(*args)` returns, of a function
@@ -57,6 +59,7 @@ jacobian = _module.jacobian
 low_precision_products = _module.low_precision_products
 main_pass = _module.main_pass
 making_train_function = _module.making_train_function
+modules_at_variables = _module.modules_at_variables
 num_replicas = _module.num_replicas
 passed_with_metrics = _module.passed_with_metrics
 random_state = _module.random_state

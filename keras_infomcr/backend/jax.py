@@ -1,7 +1,7 @@
 """JAX: differentiation of functions of weights, and the training step.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
-uses them too: `_loss_tracker`.
+uses them too: `_loss_tracker`, `in_stateless_scope`.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import functools
 
 import jax
 import keras
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 def _in_true_float32(function):
@@ -107,6 +108,11 @@ def forward(model, x, **kwargs):
     return model.call(x, **kwargs)
 
 
+def modules_at_variables(model):
+    """Do nothing: all layers read variables."""
+    return contextlib.nullcontext()
+
+
 def add(gradient, term):
     """Return gradient + term."""
     return gradient + term
@@ -138,13 +144,16 @@ def passed_with_metrics(variables):
 @contextlib.contextmanager
 def making_train_function(model):
     """Have the step compiled apart from others, and the state kept if it fails."""
-    train_step, before = type(model).train_step, model.train_function
+    train_step, own = model.train_step, model.__dict__.get("train_step")
+    before = model.train_function
     # JAX compiles equal functions once: let this be equal to no other.
-    object.__setattr__(model, "train_step", lambda *args: train_step(model, *args))
+    object.__setattr__(model, "train_step", lambda *args: train_step(*args))
     try:
         yield
     finally:
         object.__delattr__(model, "train_step")
+        if own is not None:
+            object.__setattr__(model, "train_step", own)
     if model.train_function is not before:
         model.train_function = _keeping_state(model, model.train_function)
 
@@ -153,16 +162,19 @@ def _keeping_state(model, train_function):
     """Give the variables back the values that `fit` has taken from them, should a step fail."""
 
     def function(state, iterator):
+        object.__setattr__(model, "_in_step", True)
         try:
             return train_function(state, iterator)
         except StopIteration:
             raise
-        except Exception:
+        except BaseException:
             for variables, values in zip(_lists(model), state):
                 for variable, value in zip(variables, values):
                     if not value.is_deleted():
                         variable.assign(value)
             raise
+        finally:
+            object.__setattr__(model, "_in_step", False)
 
     return function
 
@@ -198,7 +210,9 @@ def set_random_state(state):
 
 def attach_state(model):
     """Give the variables the values that `fit` holds, and let it read them again."""
-    model.jax_state_sync()
+    # A step itself has what it needs, and must not be taken for synchronised.
+    if not (getattr(model, "_in_step", False) or in_stateless_scope()):
+        model.jax_state_sync()
 
 
 def widest_float():

@@ -2,7 +2,7 @@
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
 uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`; and `_flatten_layers`
-(the one list of all layers, nested ones included), `_value` of a variable.
+(the one list of all layers, nested ones included), `_value` of a variable, the functions for masks.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import warnings
 
 import keras
 import torch
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 
 def value_and_grad(function):
@@ -109,32 +110,33 @@ def main_pass(model, x, y, sample_weight):
 
 
 def forward(model, x, **kwargs):
-    """Return the outputs, with the modules of torch among the layers at the variables' values."""
-    with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            if isinstance(layer, keras.layers.TorchModuleWrapper):
-                stack.enter_context(_at_variables(layer))
-        return model(x, **kwargs)
+    """Return the outputs."""
+    return model(x, **kwargs)
 
 
 @contextlib.contextmanager
-def _at_variables(layer):
-    """Let a module, which holds its parameters itself, see a `StatelessScope`; keep its buffers."""
-    values = {id(v._value): v.value for v in layer.variables}
-    tensors = {name: values[id(p)] for name, p in layer.module.named_parameters()}
-    tensors |= {name: buffer.clone() for name, buffer in layer.module.named_buffers()}
-    training_before = layer.training
-
-    def call(*args, training=None, **kwargs):
-        layer.train(training is not False)
-        return torch.func.functional_call(layer.module, tensors, args, kwargs)
-
-    object.__setattr__(layer, "call", call)
+def modules_at_variables(model):
+    """Let torch modules among the layers, which hold their tensors themselves, see the scope."""
+    layers = [x for x in model._flatten_layers() if isinstance(x, keras.layers.TorchModuleWrapper)]
+    values = {id(v._value): v.value for layer in layers for v in layer.variables}
+    modules = [module for layer in layers for module in layer.modules()]
+    modes = [(module, module.training) for module in modules]
+    tensors = [
+        (entries, name, tensor)
+        for module in modules
+        for entries in (module._parameters, module._buffers)
+        for name, tensor in entries.items()
+        if tensor is not None
+    ]
+    for entries, name, tensor in tensors:
+        entries[name] = values[id(tensor)] if id(tensor) in values else tensor.clone()
     try:
         yield
     finally:
-        object.__delattr__(layer, "call")
-        layer.train(training_before)
+        for entries, name, tensor in tensors:
+            entries[name] = tensor
+        for module, training in modes:
+            module.training = training
 
 
 def add(gradient, term):
@@ -144,7 +146,9 @@ def add(gradient, term):
 
 def apply(optimizer, gradients, variables):
     """Take the optimizer's step."""
-    optimizer.apply(gradients, variables)
+    # As in Keras, a parameter that was frozen by its `requires_grad` stays.
+    frozen = [not v.value.requires_grad for v in variables]
+    optimizer.apply([None if f else g for f, g in zip(frozen, gradients)], variables)
 
 
 def train_step(step, model, data):
@@ -237,9 +241,11 @@ def _precision_flags():
 
 
 def _gradients(value, weights, **kwargs):
-    if not value.requires_grad:
+    needed = [w for w in weights if w.requires_grad]
+    if not value.requires_grad or not needed:
         return [None] * len(weights)
-    return list(torch.autograd.grad(value, weights, allow_unused=True, **kwargs))
+    gradients = iter(torch.autograd.grad(value, needed, allow_unused=True, **kwargs))
+    return [next(gradients) if w.requires_grad else None for w in weights]
 
 
 def _leaves(weights):
@@ -247,4 +253,12 @@ def _leaves(weights):
 
 
 def _detached(structure):
-    return keras.tree.map_structure(lambda a: a.detach() if torch.is_tensor(a) else a, structure)
+    return keras.tree.map_structure(_detached_array, structure)
+
+
+def _detached_array(array):
+    if not torch.is_tensor(array):
+        return array
+    detached = array.detach()
+    set_keras_mask(detached, get_keras_mask(array))
+    return detached

@@ -147,6 +147,7 @@ class RegularizedModel(keras.Model):
         validation.boolean(regularizer_active=active)
         if active == self._regularizer_active:
             return
+        backend.attach_state(self)
         self._regularizer_active = bool(active)
         before = self.train_function
         self.train_function = self._other_train_function

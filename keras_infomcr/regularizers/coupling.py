@@ -56,6 +56,12 @@ def has_state_by_example(model):
     return any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
 
 
+def has_state_of_its_own(model):
+    """Return whether a layer is a torch module with buffers, which are no variables of Keras."""
+    modules = [x for x in model._flatten_layers() if isinstance(x, layers.TorchModuleWrapper)]
+    return any(True for layer in modules for _ in layer.module.buffers())
+
+
 def _is_loss_by_example(loss):
     loss = keras.losses.get(loss)
     loss = getattr(loss, "fn", loss)

@@ -105,7 +105,6 @@ class SubBatchPerturbation(Regularizer):
     def gives_main_gradient(self, model):
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
         averages = coupling.is_mean_over_examples(model)
-        stateful = coupling.has_state_by_example(model)
         if self.main_gradient == "auto":
             return coupling.couples_no_examples(model)
         if self.main_gradient == "sub_batches" and not averages:
@@ -114,10 +113,15 @@ class SubBatchPerturbation(Regularizer):
                 'mean over sub-batches. Received: main_gradient="sub_batches" and '
                 f'loss={model.loss!r}. Use `main_gradient="full_batch"`.'
             )
-        if self.main_gradient == "sub_batches" and stateful:
+        if self.main_gradient == "sub_batches" and coupling.has_state_by_example(model):
             raise ValueError(
                 "Stateful recurrent layers must see whole batches. Received: "
                 'main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
+            )
+        if self.main_gradient == "sub_batches" and coupling.has_state_of_its_own(model):
+            raise ValueError(
+                "Torch modules with buffers, such as batch normalisation, must see whole batches. "
+                'Received: main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
             )
         return self.main_gradient == "sub_batches"
 

@@ -146,3 +146,71 @@ def test_functions_of_jax_are_regularized_as_layers_of_keras_are():
     np.testing.assert_allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(logs[0]["infomcr_reg"], logs[1]["infomcr_reg"], rtol=1e-4)
     assert min(logs[0]["infomcr_reg"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
+def test_a_step_may_look_at_the_regularizer(mode):
+    """That must not pass for a look from outside, which gives the state back to the variables."""
+
+    class Looking(RegularizedModel):
+        def train_step(self, *args):
+            assert self.regularizer.alpha == 0.01
+            return super().train_step(*args)
+
+        def compute_loss(self, *args, **kwargs):
+            assert self.regularizer.alpha == 0.01
+            return super().compute_loss(*args, **kwargs)
+
+    weights = []
+    for base in (Looking, RegularizedModel):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        model = base(inputs, keras.layers.Dense(2)(inputs))
+        rule = SubBatchPerturbation(0.01, 1.0, 2, main_gradient="full_batch")
+        model.compile("sgd", "mse", regularizer=rule, **mode)
+        model.fit(X, Y, 5, epochs=2, shuffle=False, verbose=0)
+        model.evaluate(X, Y, 5, verbose=0)
+        assert int(model.optimizer.iterations.numpy()) == 6
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_interrupted_compilation_loses_nothing():
+    def interrupted(y, y_pred):
+        raise KeyboardInterrupt
+
+    model = compiled()
+    model.compile("sgd", interrupted)
+    before = model.get_weights()
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, verbose=0)
+    for a, b in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_train_step_of_the_instance_is_used_and_kept():
+    model, calls = compiled(), []
+    inherited = model.train_step
+
+    def train_step(*args):
+        calls.append(1)
+        return inherited(*args)
+
+    model.train_step = train_step
+    model.fit(X, Y, 4, verbose=0)
+    assert calls and model.train_step is train_step
+
+
+def test_the_gate_opens_past_keras_callbacks():
+    model, seen = compiled(), []
+    model.regularizer_active = False
+
+    def open_gate(batch, logs):
+        model.regularizer_active = batch > 0
+        seen.append(model.regularizer_active)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_begin=open_gate)
+    logs = model.fit(X, Y, 4, verbose=0, callbacks=[callback]).history
+    assert seen == [False, True, True]
+    assert np.isfinite(logs["infomcr_reg"]).all()

@@ -182,3 +182,74 @@ def test_modules_of_torch_are_measured_and_left_as_they_were():
         np.testing.assert_allclose(ours, expected, rtol=1e-3)
     assert all(map(torch.equal, buffers, module.buffers()))
     assert module.training
+
+
+def test_buffers_of_modules_move_as_in_keras():
+    """Also of a wrapped model, of modules called one by one, and past a layer's own `call`."""
+
+    class OneByOne(keras.Model):
+        def __init__(self):
+            super().__init__()
+            norm = torch.nn.BatchNorm1d(5)
+            self.net = keras.layers.TorchModuleWrapper(
+                torch.nn.Sequential(torch.nn.Linear(4, 5), norm)
+            )
+            self.out = keras.layers.Dense(3)
+
+        def call(self, x, training=None):
+            return self.out(self.net.module[1](self.net.module[0](x)))
+
+    buffers = []
+    for beta in (None, 0.0, 50.0):
+        keras.utils.set_random_seed(0)
+        model = OneByOne()
+        module = model.net.module
+        if beta is not None:
+            model = RegularizedModel.from_model(model)
+        rule = {} if beta is None else {"regularizer": SubBatchPerturbation(0.1, beta, 3)}
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss, **rule)
+        logs = model.fit(X, Y, 6, epochs=2, shuffle=False, verbose=0).history
+        buffers.append([buffer.numpy().copy() for buffer in module.buffers()])
+        kernel = module[0].weight.detach().numpy().copy()
+        buffers[-1].append(kernel)
+    plain, zero, regularized = buffers
+    for a, b in zip(plain, zero):
+        np.testing.assert_array_equal(a, b)
+    assert regularized[2] == plain[2] > 0  # the number of batches
+    assert np.abs(regularized[3] - plain[3]).max() > 1e-4  # the regulariser reaches the module
+    assert min(logs["infomcr_reg"]) > 1e-3
+
+
+def test_sub_batches_of_modules_with_buffers_are_refused():
+    wrapped, _, _ = of_modules()
+    rule = SubBatchPerturbation(main_gradient="sub_batches")
+    wrapped.compile("sgd", "mse", regularizer=rule)
+    with pytest.raises(ValueError, match=r"Torch modules with buffers.*must see whole batches"):
+        wrapped.fit(X, np.ones((12, 3)), verbose=0)
+
+
+def test_parameters_frozen_past_keras_stay():
+    for main_gradient in ("full_batch", "sub_batches"):
+        model = regularized(beta=5.0)
+        model.regularizer.main_gradient = main_gradient
+        model.layers[1].kernel.value.requires_grad_(False)
+        before = model.get_weights()
+        with pytest.warns(UserWarning, match="Gradients do not exist"):
+            model.fit(X, Y, 4, verbose=0)
+        moved = [not np.array_equal(a, b) for a, b in zip(before, model.get_weights())]
+        assert moved[:2] == [False, True]
+
+
+def test_masks_reach_the_metrics_whatever_the_main_gradient():
+    words, targets = np.array([[1, 2, 0], [1, 0, 0], [2, 3, 4], [2, 0, 0]]), np.ones((4, 3, 2))
+    errors = []
+    for main_gradient in ("full_batch", "sub_batches"):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,), dtype="int32")
+        x = keras.layers.Embedding(5, 3, mask_zero=True)(inputs)
+        model = RegularizedModel(inputs, keras.layers.LSTM(2, return_sequences=True)(x))
+        rule = SubBatchPerturbation(num_sub_batches=2, main_gradient=main_gradient)
+        model.compile("sgd", "mse", metrics=["mae"], regularizer=rule)
+        errors += model.fit(words, targets, 4, verbose=0).history["mae"]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
