@@ -1,8 +1,8 @@
 """The one door to the framework: what a backend module provides.
 
 Arrays are the framework's own; `weights` and `state` are lists of them. A gradient is dense, and
-`None` where the value does not depend on the weight. All derivatives are taken in true float32 at
-least wherever the framework lets this be asked for.
+`None` where the value does not depend on the weight. The derivatives of functions are taken in true
+float32 at least, wherever the framework lets this be asked for.
 
 * `value_and_grad(function)`: `f(weights, *args) -> ((value, auxiliary), gradients)` of a
   `function(weights, *args) -> (value, auxiliary)`.
@@ -11,7 +11,7 @@ least wherever the framework lets this be asked for.
 * `jacobian(function, coupled, compiled)`: `f(weights, context, *args) -> (values, rows)` of a
   `function(weights, context, *args) -> values` of shape `[n]` and the widest float type; `rows[k]`
   has shape `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of
-  `args` alone.
+  `args` alone. `compiled` asks for compilation, which torch has no use for.
 * `main_pass(model, x, y, sample_weight)`: Keras's own forward and backward pass, with all its
   effects on variables; returns the predictions and the gradients, scaled, perhaps sparse.
 * `forward(model, x, **kwargs)`: the outputs, with the layers in the mode of that pass.
@@ -29,6 +29,8 @@ least wherever the framework lets this be asked for.
 * `random_state()`, `set_random_state(state)`: what unseeded random layers draw from, as a list of
   arrays; empty where the framework has no such state.
 * `attach_state(model)`: let a model that is in `fit` hold the present values of its variables.
+* `marked_as_step(model, function)`: a train, test or predict function, within which `attach_state`
+  does nothing.
 * `widest_float()`: the name of the widest float type.
 * `num_replicas()`: how many replicas share the batch.
 * `low_precision_products()`: whether float32 matrix products round like half precision.
@@ -59,6 +61,7 @@ jacobian = _module.jacobian
 low_precision_products = _module.low_precision_products
 main_pass = _module.main_pass
 making_train_function = _module.making_train_function
+marked_as_step = _module.marked_as_step
 modules_at_variables = _module.modules_at_variables
 num_replicas = _module.num_replicas
 passed_with_metrics = _module.passed_with_metrics

@@ -54,7 +54,7 @@ def jacobian(function, coupled, compiled=True):
     def linearize(weights, context, *args):
         return jax.vjp(lambda w: function(w, context, *args), weights)
 
-    @jit
+    @jit  # at the precision that the pullback was made with
     def pull_back(pullback, selector):
         return pullback(selector)[0]
 
@@ -160,11 +160,11 @@ def making_train_function(model):
 
 def _keeping_state(model, train_function):
     """Give the variables back the values that `fit` has taken from them, should a step fail."""
+    step = marked_as_step(model, train_function)
 
     def function(state, iterator):
-        object.__setattr__(model, "_in_step", True)
         try:
-            return train_function(state, iterator)
+            return step(state, iterator)
         except StopIteration:
             raise
         except BaseException:
@@ -173,10 +173,21 @@ def _keeping_state(model, train_function):
                     if not value.is_deleted():
                         variable.assign(value)
             raise
+
+    return function
+
+
+def marked_as_step(model, function):
+    """Return the function, which has what it needs: `attach_state` does nothing within it."""
+
+    def marked(*args):
+        object.__setattr__(model, "_in_step", True)
+        try:
+            return function(*args)
         finally:
             object.__setattr__(model, "_in_step", False)
 
-    return function
+    return marked
 
 
 def _lists(model):

@@ -161,6 +161,19 @@ class RegularizedModel(keras.Model):
         with backend.making_train_function(self):
             return super().make_train_function(force)
 
+    def make_test_function(self, force=False):
+        before = self.test_function
+        super().make_test_function(force)
+        if self.test_function is not before:
+            self.test_function = backend.marked_as_step(self, self.test_function)
+
+    def make_predict_function(self, force=False):
+        before = self.predict_function
+        super().make_predict_function(force)
+        if self.predict_function is not before:
+            self.predict_function = backend.marked_as_step(self, self.predict_function)
+        return self.predict_function
+
     def train_step(self, *args):
         if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
             return super().train_step(*args)
