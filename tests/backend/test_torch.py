@@ -110,20 +110,6 @@ def test_a_step_reads_no_more_from_the_device_than_keras_does(estimator):
     assert counts[1].total() > 2 * counts[0].total()
 
 
-def test_data_loader():
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=5
-    )
-    models = regularized(), regularized()
-    models[0].fit(loader, shuffle=False, epochs=2, verbose=0)
-    models[1].fit(X, Y, batch_size=5, shuffle=False, epochs=2, verbose=0)
-    for a, b in zip(*(model.get_weights() for model in models)):
-        np.testing.assert_array_equal(a, b)
-    settings = {"num_examples": 4, "num_trials": 3, "seed": 0}
-    of_loader = gamma_hat(models[0], loader, **settings)
-    np.testing.assert_array_equal(of_loader.trials, gamma_hat(models[1], X, Y, **settings).trials)
-
-
 def test_tensors_that_need_a_gradient_are_measured():
     x = torch.from_numpy(X).requires_grad_()
     model, settings = compiled(), {"num_examples": 4, "num_trials": 3, "seed": 0}
