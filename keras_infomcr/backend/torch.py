@@ -29,6 +29,7 @@ def value_and_grad(function):
 def hessian_vector_product(function):
     """Return `f(weights, vector, *args) -> ((value, auxiliary), gradients, products)`."""
 
+    @torch.compiler.disable  # compiled functions have no second derivative
     def product(weights, vector, *args):
         # The fused kernels of attention have no second derivative.
         attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

@@ -239,3 +239,13 @@ def test_masks_reach_the_metrics_whatever_the_main_gradient():
         model.compile("sgd", "mse", metrics=["mae"], regularizer=rule)
         errors += model.fit(words, targets, 4, verbose=0).history["mae"]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_second_derivatives_in_a_compiled_step():
+    logs = []
+    for jit_compile in (False, True):
+        model = regularized("hessian_vector_product", jit_compile=jit_compile)
+        logs.append(model.fit(X, Y, 4, shuffle=False, verbose=0).history)
+    # Three steps in float32, fused differently.
+    for name in ("loss", "infomcr_reg"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
