@@ -1,0 +1,71 @@
+"""Compare trained models: test accuracy and gamma-hat, side by side, with standard errors.
+
+    python examples/evaluate_gamma.py output/plain/epoch-200.keras output/flat/epoch-200.keras
+
+Three gamma-hats are printed: the paper's (Eq. 6); the same with normalised logits, by which the
+paper compares runs with and without the regulariser; and that of the paper's code, which is half
+as large and puts batch normalisation in training mode on chunks of 10 images. Smaller is flatter;
+models compare at equal settings, and only if they have the same architecture.
+"""
+
+import argparse
+
+import keras
+import numpy as np
+from images import load, normalize
+from train_cifar10 import positive
+
+from keras_infomcr.flatness import gamma_hat
+
+
+def parse(argv=None):
+    """Return the models' paths and the settings."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("models", nargs="+", help=".keras files")
+    add("--data", default="cifar10", help="cifar10, cifar100, digits or an npz file (%(default)s)")
+    add("--num-train", type=positive, help="training images to draw from, the first ones (all)")
+    add("--num-examples", type=positive, default=100, help="N', images of a trial (%(default)s)")
+    add("--num-trials", type=positive, default=100, help="T, trials (%(default)s)")
+    add("--scale", type=float, default=0.04, help="softmax scale where normalised (%(default)s)")
+    add("--seed", type=int, default=0, help="of the draw of images (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def measure(path, settings, images):
+    """Return the cells of a model's line in the table."""
+    model = keras.saving.load_model(path)
+    predictions = model.predict(normalize(images.x_test), verbose=0)
+    cells = [path, f"{np.mean(predictions.argmax(axis=-1) == images.y_test):.2%}"]
+    conventions = (
+        ({}, 1),
+        ({"normalize_softmax": True, "softmax_scale": settings.scale}, 1),
+        ({"training": True, "chunk_size": 10}, 2),
+    )
+    for options, divisor in conventions:
+        found = gamma_hat(
+            model,
+            normalize(images.x_train),
+            images.y_train,
+            num_examples=settings.num_examples,
+            num_trials=settings.num_trials,
+            seed=settings.seed,
+            **options,
+        )
+        cells.append(f"{found.value / divisor:.1f} +- {found.stderr / divisor:.1f}")
+    return cells
+
+
+def main(argv=None):
+    """Print the table."""
+    settings = parse(argv)
+    images = load(settings.data, settings.num_train)
+    rows = [["model", "test accuracy", "gamma-hat", "normalised", "paper's code"]]
+    rows += [measure(path, settings, images) for path in settings.models]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+import json
+import types
+
+import keras
+import numpy as np
+import pytest
+from frameworks import BACKEND, array, numpy, only_on, tensorflow
+from images import load, normalize
+
+from keras_infomcr.flatness import gamma_hat
+
+tensorflow()
+import evaluate_gamma  # noqa: E402
+import run_folder  # noqa: E402
+import train_cifar10  # noqa: E402
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    """Return the path of a file of small images in four classes, each of a colour."""
+    arrays = {}
+    for split, number in {"train": 128, "test": 32}.items():
+        y = np.arange(number) % 4
+        colours = np.array([[200, 50, 50], [50, 200, 50], [50, 50, 200], [150, 150, 50]])
+        x = colours[y][:, np.newaxis, np.newaxis] + rng.integers(-50, 51, size=(number, 8, 8, 3))
+        arrays |= {f"x_{split}": x.astype("uint8"), f"y_{split}": y}
+    np.savez(tmp_path / "data.npz", **arrays)
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """Return the arguments of a short run into the folder `tmp_path/name`."""
+
+    def make(name, *options):
+        return [
+            *("--data", str(data), "--network", "plain-cnn", "--batch-size", "32"),
+            *("--learning-rates", "0.01", "0.005", "--boundaries", "1", "--epochs", "4"),
+            *("--num-sub-batches", "2", "--checkpoint-every", "2", "--verbose", "0"),
+            *("--output", str(tmp_path / name), *options),
+        ]
+
+    return make
+
+
+def weights(path):
+    return [numpy(w) for w in keras.saving.load_model(path).trainable_variables]
+
+
+def interrupt(monkeypatch, epoch):
+    """Interrupt runs at the end of an epoch, counted from 1, before its checkpoint."""
+    on_epoch_end = run_folder.Checkpoint.on_epoch_end
+
+    def raise_then(self, at, logs=None):
+        if at + 1 == epoch:
+            raise KeyboardInterrupt
+        on_epoch_end(self, at, logs)
+
+    monkeypatch.setattr(run_folder.Checkpoint, "on_epoch_end", raise_then)
+
+
+# Keras's CSVLogger leaves its file open where an exception ends `fit`.
+interrupted = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@interrupted
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(command, tmp_path, monkeypatch):
+    # The gate depends on what was before the interruption: the drop of the learning rate.
+    options = ["--regularize", "after-drop", "--gamma-every", "2", "--gamma-trials", "2"]
+    options += ["--evaluate-every", "2"]
+    train_cifar10.main(command("whole", *options))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        train_cifar10.main(command("broken", *options))
+    broken = tmp_path / "broken"
+    assert sorted(p.name for p in broken.glob("*.keras")) == ["epoch-002.keras"]
+    assert len((broken / "log.csv").read_text().splitlines()) == 1 + 3
+    train_cifar10.main(command("broken", *options, "--resume"))
+
+    for a, b in zip(
+        weights(tmp_path / "whole/epoch-004.keras"), weights(broken / "epoch-004.keras")
+    ):
+        # Sums in another order by threads: some units of the last place of weights around 0.1.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    logs = [run_folder.read(tmp_path / name / "log.csv") for name in ("whole", "broken")]
+    assert [row["epoch"] for row in logs[1]] == [0, 1, 2, 3]
+    for a, b in zip(*logs):
+        for key in ("loss", "infomcr_reg", "gamma_hat", "learning_rate"):
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
+    assert [np.isfinite(row["infomcr_reg"]) for row in logs[1]] == [False, True, True, True]
+    # The first epoch after the interruption is evaluated too.
+    assert [np.isfinite(row["val_loss"]) for row in logs[0]] == [True, True, False, True]
+    assert [np.isfinite(row["val_loss"]) for row in logs[1]] == [True, True, True, True]
+
+
+def test_results_are_those_of_the_last_checkpoint(command, data, tmp_path, capsys):
+    train_cifar10.main(command("run", "--gamma-every", "3", "--gamma-trials", "2"))
+    report = json.loads((tmp_path / "run/results.json").read_text())
+    assert report["settings"]["network"] == "plain-cnn"
+    assert report["versions"]["keras"] == keras.__version__
+    assert BACKEND in report["versions"]
+    assert (tmp_path / "run/curves.png").stat().st_size > 0
+
+    images = load(data)
+    model = keras.saving.load_model(tmp_path / "run/epoch-004.keras")
+    x, y = normalize(images.x_test), images.y_test
+    logits = numpy(model(array(x))).astype("float64")
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
+    results = report["results"]
+    assert results["test_accuracy"] == pytest.approx((logits.argmax(axis=1) == y).mean())
+    assert results["test_accuracy"] > 0.5  # four colours; chance is 0.25
+    # The penalty of the weights, some 0.05, is not in it. Float32.
+    assert results["test_cross_entropy"] == pytest.approx(losses.mean(), rel=1e-4, abs=1e-5)
+    measured = gamma_hat(model, normalize(images.x_train), images.y_train, num_trials=2, seed=0)
+    assert results["gamma_hat"] == pytest.approx(measured.value, rel=1e-3)
+    assert "gamma_hat" in capsys.readouterr().out
+
+
+def gate(pattern, epoch):
+    settings = types.SimpleNamespace(regularize=pattern, boundaries=[60, 120, 160])
+    callback = train_cifar10.RegularizeSegments(settings)
+    callback.set_model(types.SimpleNamespace(regularizer_active=None))
+    callback.on_epoch_begin(epoch)
+    return callback.model.regularizer_active
+
+
+@pytest.mark.parametrize("pattern", train_cifar10.SEGMENTS)
+def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
+    # [0, 60), [60, 120), [120, 200], in epochs from 0.
+    for digit, epochs in zip(pattern, [(0, 59), (60, 119), (120, 160, 199)]):
+        assert [gate(pattern, epoch) for epoch in epochs] == [digit == "1"] * len(epochs)
+
+
+def test_boundaries_scale_with_the_epochs():
+    assert train_cifar10.parse([]).boundaries == [60, 120, 160]
+    assert train_cifar10.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
+
+
+def test_settings_reach_the_model(tmp_path, data):
+    settings = train_cifar10.parse(
+        [
+            *("--alpha", "0.5", "--beta", "3", "--num-sub-batches", "4"),
+            *("--main-gradient", "full_batch", "--l2", "0.25", "--jit", "off"),
+        ]
+    )
+    model = train_cifar10.make_model(settings, load(data))
+    assert model.output_shape == (None, 4)
+    assert (
+        model.regularizer.get_config()
+        | {
+            "alpha": 0.5,
+            "beta": 3.0,
+            "num_sub_batches": 4,
+            "main_gradient": "full_batch",
+        }
+        == model.regularizer.get_config()
+    )
+    assert model.layers[1].kernel_regularizer.l2 == 0.25
+    assert model.jit_compile is False
+
+
+def test_never_is_a_plain_network(data):
+    model = train_cifar10.make_model(train_cifar10.parse(["--regularize", "never"]), load(data))
+    assert model.regularizer is None
+
+
+def test_a_folder_is_not_written_over(command):
+    train_cifar10.main(command("run", "--epochs", "1", "--regularize", "never"))
+    with pytest.raises(SystemExit, match=r"must not hold a run.*--resume.*Received: --output"):
+        train_cifar10.main(command("run", "--epochs", "1", "--regularize", "never"))
+    with pytest.raises(SystemExit, match=r"own settings. Received: seed=5 \(the run: 0\)"):
+        train_cifar10.main(
+            command("run", "--epochs", "1", "--regularize", "never", "--resume", "--seed", "5")
+        )
+
+
+def test_a_finished_run_may_be_resumed(command, tmp_path):
+    arguments = command("run", "--epochs", "1", "--regularize", "never")
+    train_cifar10.main(arguments)
+    before = (tmp_path / "run/results.json").read_text()
+    train_cifar10.main([*arguments, "--resume"])
+    assert (tmp_path / "run/results.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: must be an integer of at least 1. Received: 0"),
+        (["--learning-rates", "0.1"], "one more than --boundaries. Received: [0.1] and [60"),
+        (["--boundaries", "9", "5", "7"], "must not decrease. Received: [9, 5, 7]"),
+        (["--network", "resnet-21"], "invalid choice: 'resnet-21'"),
+    ],
+)
+def test_wrong_settings_get_clear_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train_cifar10.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+@only_on("jax", "torch", reason="TensorFlow has it")
+def test_mirrored_strategy_needs_tensorflow(capsys):
+    with pytest.raises(SystemExit):
+        train_cifar10.parse(["--strategy", "mirrored"])
+    assert f"needs the TensorFlow backend. Received: KERAS_BACKEND={BACKEND}" in (
+        capsys.readouterr().err
+    )
+
+
+@interrupted
+def test_mirrored_strategy_trains_and_resumes(mirrored, command, tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: mirrored)
+    arguments = command("run", "--strategy", "mirrored", "--epochs", "2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 2)
+        train_cifar10.main([*arguments, "--checkpoint-every", "1"])
+    train_cifar10.main([*arguments, "--checkpoint-every", "1", "--resume"])
+    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
+    assert np.isfinite(results["test_cross_entropy"])
+
+
+def test_models_are_compared_side_by_side(command, data, tmp_path, capsys):
+    paths = []
+    for rule in ("never", "111"):
+        train_cifar10.main(command(rule, "--epochs", "1", "--regularize", rule))
+        paths.append(str(tmp_path / rule / "epoch-001.keras"))
+    capsys.readouterr()
+    options = {"num_examples": 20, "num_trials": 3, "seed": 1}
+    evaluate_gamma.main(
+        [
+            *(*paths, "--data", str(data), "--num-train", "40"),
+            *("--num-examples", "20", "--num-trials", "3", "--seed", "1", "--scale", "0.1"),
+        ]
+    )
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ("model test accuracy gamma-hat normalised paper's code".split())
+    images = load(data, 40)
+    x, y = normalize(images.x_train), images.y_train
+    for path, line in zip(paths, lines):
+        model = keras.saving.load_model(path)
+        name, accuracy, *cells = line.split()
+        assert name == path
+        predicted = numpy(model(array(normalize(images.x_test)))).argmax(axis=1)
+        assert accuracy == f"{(predicted == images.y_test).mean():.2%}"
+        plain = gamma_hat(model, x, y, **options)
+        normalized = gamma_hat(model, x, y, normalize_softmax=True, softmax_scale=0.1, **options)
+        code = gamma_hat(model, x, y, training=True, chunk_size=10, **options)
+        expected = [(plain, 1), (normalized, 1), (code, 2)]
+        assert cells == [
+            part
+            for result, divisor in expected
+            for part in (f"{result.value / divisor:.1f}", "+-", f"{result.stderr / divisor:.1f}")
+        ]
