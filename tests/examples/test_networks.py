@@ -128,7 +128,7 @@ def test_weight_decay_of_the_papers_falls_on_all_weights(name, decay):
     model = keras.Model(*NETWORKS[name]())
     # Float32 sums of up to 25 million squares, and of a hundred penalties.
     np.testing.assert_allclose(
-        float(sum(model.losses)), decay / 2 * squares(model.trainable_variables), rtol=1e-4
+        numpy(sum(model.losses)), decay / 2 * squares(model.trainable_variables), rtol=1e-4
     )
 
 
@@ -139,7 +139,7 @@ def test_penalty_of_the_infomcr_code_falls_on_blocks_and_normalisation():
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             penalized += [layer.gamma, layer.beta]
-    np.testing.assert_allclose(float(sum(model.losses)), 5e-4 * squares(penalized), rtol=1e-5)
+    np.testing.assert_allclose(numpy(sum(model.losses)), 5e-4 * squares(penalized), rtol=1e-5)
 
 
 def test_no_penalty_without_l2():
