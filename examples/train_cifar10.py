@@ -212,4 +212,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted. The same command with --resume goes on from the last checkpoint."
+        ) from None
