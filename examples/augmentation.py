@@ -97,7 +97,10 @@ def augmentation(size, padding, flip):
 
 def keras_cv_augmentation(size, padding, flip):
     """Return the same as `augmentation`, with keras-cv's layers."""
-    import keras_cv
+    try:
+        import keras_cv
+    except ImportError as error:
+        raise ImportError('This needs keras-cv: pip install "keras_infomcr[cv]"') from error
 
     class RandomCrop(keras_cv.layers.RandomCrop):
         """Crops at whole pixels, all offsets equally likely.

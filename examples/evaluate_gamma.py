@@ -9,11 +9,12 @@ models compare at equal settings, and only if they have the same architecture.
 """
 
 import argparse
+import warnings
 
 import keras
 import numpy as np
 from images import load, normalize
-from train_cifar10 import positive
+from options import add_data, positive, use_true_float32
 
 from keras_infomcr.flatness import gamma_hat
 
@@ -23,8 +24,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("models", nargs="+", help=".keras files")
-    add("--data", default="cifar10", help="cifar10, cifar100, digits or an npz file (%(default)s)")
-    add("--num-train", type=positive, help="training images to draw from, the first ones (all)")
+    add_data(parser)
     add("--num-examples", type=positive, default=100, help="N', images of a trial (%(default)s)")
     add("--num-trials", type=positive, default=100, help="T, trials (%(default)s)")
     add("--scale", type=float, default=0.04, help="softmax scale where normalised (%(default)s)")
@@ -32,11 +32,15 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def measure(path, settings, images):
+def measure(path, settings, train_data, test_data):
     """Return the cells of a model's line in the table."""
-    model = keras.saving.load_model(path)
-    predictions = model.predict(normalize(images.x_test), verbose=0)
-    cells = [path, f"{np.mean(predictions.argmax(axis=-1) == images.y_test):.2%}"]
+    with warnings.catch_warnings():
+        # Keras cannot place the state of an optimizer that scales losses; it is not needed.
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        model = keras.saving.load_model(path)
+    x, y = test_data
+    predictions = model.predict(x, verbose=0)
+    cells = [path, f"{np.mean(predictions.argmax(axis=-1) == y):.2%}"]
     conventions = (
         ({}, 1),
         ({"normalize_softmax": True, "softmax_scale": settings.scale}, 1),
@@ -45,8 +49,7 @@ def measure(path, settings, images):
     for options, divisor in conventions:
         found = gamma_hat(
             model,
-            normalize(images.x_train),
-            images.y_train,
+            *train_data,
             num_examples=settings.num_examples,
             num_trials=settings.num_trials,
             seed=settings.seed,
@@ -59,9 +62,12 @@ def measure(path, settings, images):
 def main(argv=None):
     """Print the table."""
     settings = parse(argv)
+    use_true_float32()
     images = load(settings.data, settings.num_train)
+    train_data = normalize(images.x_train), images.y_train
+    test_data = normalize(images.x_test), images.y_test
     rows = [["model", "test accuracy", "gamma-hat", "normalised", "paper's code"]]
-    rows += [measure(path, settings, images) for path in settings.models]
+    rows += [measure(path, settings, train_data, test_data) for path in settings.models]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")

@@ -99,7 +99,7 @@ def _read(path):
             missing = [key for key in KEYS if key not in file]
             if not missing:
                 return {key: file[key] for key in KEYS}
-    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"The data file must be npz, of plain arrays. Received: {path}") from error
     raise ValueError(
         f"The data file must hold the arrays {', '.join(KEYS)}. Received: {path}, which lacks "

@@ -55,10 +55,12 @@ def prepare(settings, model):
     Raises:
         SystemExit: If the folder holds a run that is not to go on, or one with other settings.
     """
-    path, wanted = settings.output / "settings.json", _fixed(settings)
-    if not path.exists():
+    path, log = settings.output / "settings.json", settings.output / "log.csv"
+    wanted = _fixed(settings)
+    checkpoints = {int(p.stem.split("-")[1]): p for p in settings.output.glob("epoch-*.keras")}
+    if not (log.exists() or checkpoints):  # perhaps a run that has failed to begin
         settings.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2))
+        _write(path, json.dumps(wanted, indent=2))
         return 0
     if not settings.resume:
         raise SystemExit(
@@ -72,12 +74,12 @@ def prepare(settings, model):
             "A run goes on with its own settings. Received: "
             + ", ".join(f"{key}={wanted[key]} (the run: {found.get(key)})" for key in different)
         )
-    checkpoints = sorted(settings.output.glob("epoch-*.keras"))
-    epoch = int(checkpoints[-1].stem.split("-")[1]) if checkpoints else 0
+    epoch = max(checkpoints, default=0)
     if checkpoints:
         model.optimizer.build(model.trainable_variables)
-        model.load_weights(checkpoints[-1])
-    _rewind(settings.output / "log.csv", epoch)
+        model.load_weights(checkpoints[epoch])
+    if log.exists():
+        _rewind(log, epoch)
     print(f"The run goes on after {epoch} epochs.")
     return epoch
 
@@ -87,7 +89,7 @@ def finish(settings, model, train_data, test_data):
     rows = read(settings.output / "log.csv")
     results = {}
     for name, (x, y) in {"train": train_data, "test": test_data}.items():
-        found = model.evaluate(x, y, verbose=0, return_dict=True)
+        found = model.evaluate(x, y, batch_size=settings.batch_size, verbose=0, return_dict=True)
         results |= {f"{name}_{key}": found[key] for key in ("accuracy", "cross_entropy")}
     results |= {key: rows[-1][key] for key in ("gamma_hat", "gamma_hat_stderr") if key in rows[-1]}
     backend = keras.backend.backend()
@@ -100,9 +102,10 @@ def finish(settings, model, train_data, test_data):
             backend: importlib.import_module(backend).__version__,
             "numpy": np.__version__,
         },
-        "results": results,
+        # JSON has no other numbers.
+        "results": {k: v if np.isfinite(v) else None for k, v in results.items()},
     }
-    (settings.output / "results.json").write_text(json.dumps(report, indent=2))
+    _write(settings.output / "results.json", json.dumps(report, indent=2, allow_nan=False))
     _plot(rows, settings)
     for key, value in results.items():
         print(f"{key:<20} {value:.5g}")
@@ -111,7 +114,14 @@ def finish(settings, model, train_data, test_data):
 
 def _fixed(settings):
     fixed = {key: value for key, value in vars(settings).items() if key not in FREE}
-    return json.loads(json.dumps(fixed))
+    return fixed | {"backend": keras.backend.backend()}
+
+
+def _write(path, text):
+    """Write a file that an interruption leaves either old or new."""
+    partial = path.with_name("partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def read(path):
@@ -125,9 +135,9 @@ def read(path):
 
 def _rewind(path, epoch):
     """Cut off the rows of a log that epochs after the last checkpoint have left."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[: epoch + 1] if epoch else []))
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    kept = [row for row in rows if int(row.split(",")[0]) < epoch]
+    _write(path, "".join([header, *kept]) if kept else "")  # CSVLogger writes the header
 
 
 def _plot(rows, settings):
@@ -156,6 +166,7 @@ def _plot(rows, settings):
         axis.set(title=title, xlabel="epoch", xlim=(0.5, settings.epochs + 0.5))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    axes[0].set_yscale("log")
+    if any(0 < row["cross_entropy"] < np.inf for row in rows):  # something is to be seen
+        axes[0].set_yscale("log")
     figure.savefig(settings.output / "curves.png", dpi=120)
     plt.close(figure)

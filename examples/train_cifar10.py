@@ -25,6 +25,7 @@ import run_folder
 from augmentation import SCHEMES, training_batches
 from images import load, normalize
 from networks import NETWORKS
+from options import add_data, positive, use_true_float32
 
 from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -38,8 +39,7 @@ def parse(argv=None):
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", default="cifar10", help="cifar10, cifar100, digits or an npz file (%(default)s)")
-    add("--num-train", type=positive, help="training images to use, the first ones (all)")
+    add_data(parser)
     add("--network", choices=NETWORKS, default="resnet-20", help="architecture (%(default)s)")
     add("--l2", type=float, help="coefficient of the sum of squared weights (its paper's)")
     add("--batch-size", type=positive, default=128, help="images in a batch (%(default)s)")
@@ -57,7 +57,8 @@ def parse(argv=None):
     add("--num-sub-batches", type=positive, default=8, help="M of the paper (%(default)s)")
     gradients = ("auto", "full_batch", "sub_batches")
     add("--main-gradient", choices=gradients, default="auto", help="its source (%(default)s)")
-    add("--gamma-every", type=positive, help="epochs between measurements of gamma-hat (never)")
+    help = "epochs between measurements of gamma-hat, N' = 100, not normalised (never)"
+    add("--gamma-every", type=positive, help=help)
     add("--gamma-trials", type=positive, default=10, help="of each (%(default)s)")
     add("--evaluate-every", type=positive, default=1, help="epochs between tests (%(default)s)")
     add("--checkpoint-every", type=positive, default=10, help="likewise (%(default)s)")
@@ -72,13 +73,19 @@ def parse(argv=None):
     settings = parser.parse_args(argv)
 
     if settings.boundaries is None:
-        settings.boundaries = [round(settings.epochs * share) for share in (0.3, 0.6, 0.8)]
+        settings.boundaries = [max(1, round(settings.epochs * share)) for share in (0.3, 0.6, 0.8)]
     if sorted(settings.boundaries) != settings.boundaries:
         parser.error(f"--boundaries must not decrease. Received: {settings.boundaries}")
     if len(settings.learning_rates) != len(settings.boundaries) + 1:
         parser.error(
             "--learning-rates must be one more than --boundaries. "
             f"Received: {settings.learning_rates} and {settings.boundaries}"
+        )
+    epochs = range(settings.epochs)
+    if settings.regularize in SEGMENTS and not any(regularized(e, settings) for e in epochs):
+        parser.error(
+            "--regularize must leave an epoch to regularise. Received: --regularize "
+            f"{settings.regularize}, --epochs {settings.epochs}, --boundaries {settings.boundaries}"
         )
     if settings.strategy == "mirrored" and keras.backend.backend() != "tensorflow":
         parser.error(
@@ -88,16 +95,15 @@ def parse(argv=None):
     return settings
 
 
-def positive(text):
-    """Return an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1. Received: {text}")
-    return int(text)
-
-
 def segment(epoch, settings):
     """Return the number, from 0, of the learning rate's segment that an epoch is in."""
     return sum(epoch >= boundary for boundary in settings.boundaries)
+
+
+def regularized(epoch, settings):
+    """Return whether the digit of an epoch's segment, or the last one, is 1."""
+    digits = settings.regularize
+    return digits[min(segment(epoch, settings), len(digits) - 1)] == "1"
 
 
 class RegularizeSegments(keras.callbacks.Callback):
@@ -108,9 +114,7 @@ class RegularizeSegments(keras.callbacks.Callback):
         self.settings = settings
 
     def on_epoch_begin(self, epoch, logs=None):
-        digits = self.settings.regularize
-        digit = digits[min(segment(epoch, self.settings), len(digits) - 1)]
-        self.model.regularizer_active = digit == "1"
+        self.model.regularizer_active = regularized(epoch, self.settings)
 
 
 def make_model(settings, images):
@@ -179,6 +183,7 @@ def main(argv=None):
     """Train, and leave everything in the output folder."""
     settings = parse(argv)
     images = load(settings.data, settings.num_train)
+    use_true_float32()
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.dtype)
     with make_scope(settings):
@@ -203,6 +208,7 @@ def main(argv=None):
         initial_epoch=first_epoch,
         epochs=epochs,
         validation_data=test_data,
+        validation_batch_size=settings.batch_size,
         # The first epoch too, because CSVLogger takes its columns from it.
         validation_freq=[first_epoch + 1, *range(every, epochs, every), epochs],
         callbacks=make_callbacks(settings, train_data),

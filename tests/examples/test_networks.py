@@ -2,10 +2,20 @@ import keras
 import numpy as np
 import pytest
 from frameworks import array, assert_allclose, numpy
-from networks import NETWORKS, layers, plain_cnn, resnet_20, wrn_28_2, wrn_28_2_infomcr
+from networks import (
+    NETWORKS,
+    densenet_bc_100_12,
+    layers,
+    plain_cnn,
+    resnet_20,
+    wrn_18_1_5,
+    wrn_28_2,
+    wrn_28_2_infomcr,
+)
 from networks.wide_resnet import wide_resnet
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.regularizers import SubBatchPerturbation
 
 # Millions of weights, as the papers have them; the plain network is ours.
 MILLIONS = {
@@ -152,6 +162,8 @@ def test_no_penalty_without_l2():
         (plain_cnn, lambda shape: shape[0] * shape[1] * shape[2]),
         (resnet_20, lambda shape: shape[0] * shape[1] * shape[2]),
         (wrn_28_2, lambda shape: shape[0] * shape[1] * shape[3]),
+        (densenet_bc_100_12, lambda shape: shape[0] * shape[1] * shape[3]),
+        (wrn_18_1_5, lambda shape: shape[0] * shape[1] * shape[2]),
         # Glorot's uniform distribution has the variance 2 / (fan_in + fan_out).
         (wrn_28_2_infomcr, lambda shape: shape[0] * shape[1] * (shape[2] + shape[3])),
     ],
@@ -186,7 +198,7 @@ def test_networks_learn_and_reload(name, tmp_path, rng):
     model.compile(
         keras.optimizers.SGD(0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        regularizer="sub_batch_perturbation",
+        regularizer=SubBatchPerturbation(num_sub_batches=2),
     )
     x, y = rng.normal(size=(32, 8, 8, 3)).astype("float32"), rng.integers(4, size=32)
     losses = model.fit(x, y, batch_size=16, epochs=4, verbose=0).history["loss"]

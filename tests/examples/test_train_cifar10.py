@@ -1,4 +1,5 @@
 import json
+import shutil
 import types
 
 import keras
@@ -63,6 +64,13 @@ def interrupt(monkeypatch, epoch):
 interrupted = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+def assert_same_end(tmp_path, *names):
+    a, b = (weights(tmp_path / name / "epoch-004.keras") for name in names)
+    for one, other in zip(a, b):
+        # Sums in another order by threads: some units of the last place of weights around 0.1.
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @interrupted
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(command, tmp_path, monkeypatch):
     # The gate depends on what was before the interruption: the drop of the learning rate.
@@ -77,11 +85,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(command, tmp_path, m
     assert len((broken / "log.csv").read_text().splitlines()) == 1 + 3
     train_cifar10.main(command("broken", *options, "--resume"))
 
-    for a, b in zip(
-        weights(tmp_path / "whole/epoch-004.keras"), weights(broken / "epoch-004.keras")
-    ):
-        # Sums in another order by threads: some units of the last place of weights around 0.1.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert_same_end(tmp_path, "whole", "broken")
     logs = [run_folder.read(tmp_path / name / "log.csv") for name in ("whole", "broken")]
     assert [row["epoch"] for row in logs[1]] == [0, 1, 2, 3]
     for a, b in zip(*logs):
@@ -91,6 +95,59 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(command, tmp_path, m
     # The first epoch after the interruption is evaluated too.
     assert [np.isfinite(row["val_loss"]) for row in logs[0]] == [True, True, False, True]
     assert [np.isfinite(row["val_loss"]) for row in logs[1]] == [True, True, True, True]
+
+
+@pytest.mark.slow
+@interrupted
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "mixed_float16"],
+        pytest.param(
+            ["--jit", "on"],
+            marks=only_on("tensorflow", "jax", reason="torch.compile takes minutes here"),
+        ),
+        ["--keras-cv"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_runs_of_all_kinds_resume_more_than_once(options, command, tmp_path, monkeypatch):
+    if "--keras-cv" in options:
+        pytest.importorskip("keras_cv", reason="the extra cv is not installed")
+    train_cifar10.main(command("whole", *options))
+    for epoch in (1, 4):  # before the first checkpoint, and before the last
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, epoch)
+            train_cifar10.main(command("broken", *options, "--resume"))
+    train_cifar10.main(command("broken", *options, "--resume"))
+    assert_same_end(tmp_path, "whole", "broken")
+    log = run_folder.read(tmp_path / "broken/log.csv")
+    assert [row["epoch"] for row in log] == [0, 1, 2, 3]
+
+
+def test_the_last_checkpoint_is_that_of_the_latest_epoch(command, data, tmp_path):
+    arguments = command("run", "--regularize", "never", "--epochs", "1", "--boundaries", "1")
+    train_cifar10.main(arguments)
+    for epoch in (999, 1000):
+        shutil.copy(tmp_path / "run/epoch-001.keras", tmp_path / f"run/epoch-{epoch:03d}.keras")
+    settings = train_cifar10.parse([*arguments, "--resume"])
+    assert run_folder.prepare(settings, train_cifar10.make_model(settings, load(data))) == 1000
+
+
+def test_a_run_that_failed_to_begin_leaves_its_folder_free(command):
+    options = ["--regularize", "never", "--epochs", "1"]
+    with pytest.raises(ValueError, match="`batch_size` must be at most"):
+        train_cifar10.main(command("run", *options, "--batch-size", "500"))
+    train_cifar10.main(command("run", *options))
+
+
+def test_a_diverged_run_is_reported(command, tmp_path, capsys):
+    options = ["--regularize", "never", "--learning-rates", "1e30", "1e30", "--epochs", "2"]
+    train_cifar10.main(command("run", *options))
+    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
+    assert results["test_cross_entropy"] is None
+    assert (tmp_path / "run/curves.png").exists()
+    assert "test_cross_entropy   nan" in capsys.readouterr().out
 
 
 def test_results_are_those_of_the_last_checkpoint(command, data, tmp_path, capsys):
@@ -134,6 +191,7 @@ def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
 def test_boundaries_scale_with_the_epochs():
     assert train_cifar10.parse([]).boundaries == [60, 120, 160]
     assert train_cifar10.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
+    assert train_cifar10.parse(["--epochs", "2"]).boundaries == [1, 1, 2]
 
 
 def test_settings_reach_the_model(tmp_path, data):
@@ -188,6 +246,7 @@ def test_a_finished_run_may_be_resumed(command, tmp_path):
         (["--epochs", "0"], "argument --epochs: must be an integer of at least 1. Received: 0"),
         (["--learning-rates", "0.1"], "one more than --boundaries. Received: [0.1] and [60"),
         (["--boundaries", "9", "5", "7"], "must not decrease. Received: [9, 5, 7]"),
+        (["--epochs", "1"], "an epoch to regularise. Received: --regularize 011, --epochs 1, --b"),
         (["--network", "resnet-21"], "invalid choice: 'resnet-21'"),
     ],
 )
@@ -211,13 +270,13 @@ def test_mirrored_strategy_trains_and_resumes(mirrored, command, tmp_path, monke
     import tensorflow as tf
 
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: mirrored)
-    arguments = command("run", "--strategy", "mirrored", "--epochs", "2")
+    options = ["--strategy", "mirrored"]
+    train_cifar10.main(command("whole", *options))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 2)
-        train_cifar10.main([*arguments, "--checkpoint-every", "1"])
-    train_cifar10.main([*arguments, "--checkpoint-every", "1", "--resume"])
-    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
-    assert np.isfinite(results["test_cross_entropy"])
+        interrupt(patch, 3)
+        train_cifar10.main(command("broken", *options))
+    train_cifar10.main(command("broken", *options, "--resume"))
+    assert_same_end(tmp_path, "whole", "broken")
 
 
 def test_models_are_compared_side_by_side(command, data, tmp_path, capsys):
