@@ -22,7 +22,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from keras_infomcr import RegularizedModel, backend
-from keras_infomcr.objective import Batch, Objective
+from keras_infomcr.objective import Objective
+from keras_infomcr.sub_batches import Batch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

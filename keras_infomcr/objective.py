@@ -7,32 +7,15 @@ all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss
 
 import contextlib
 import threading
-from typing import Any, NamedTuple
 
 import keras
 
 from keras_infomcr import backend
-from keras_infomcr.sub_batches import sub_batches
+from keras_infomcr.sub_batches import SubBatches
 
 HALF_PRECISION = ("float16", "bfloat16")
 
 _here = threading.local()
-
-
-class Batch(NamedTuple):
-    """A batch, or a slice of one.
-
-    Attributes:
-        x: Inputs, any structure of arrays.
-        y: Targets, likewise, or `None`.
-        sample_weight: Sample weights, likewise, or `None`.
-        rows: Indices of the examples in the batch that this is a tiled slice of, else `None`.
-    """
-
-    x: Any
-    y: Any = None
-    sample_weight: Any = None
-    rows: Any = None
 
 
 class Objective:
@@ -109,9 +92,7 @@ class Objective:
     def sub_batches(self, batch, count):
         """Return `count` nearly equal slices of a batch with their fractions of it."""
         carried = self._carried_variables()
-        fixed_size = carried[0].shape[0] if carried else None
-        slices = sub_batches(batch[:3], count, fixed_size)
-        return [(fraction, Batch(*parts, rows)) for fraction, parts, rows in slices]
+        return SubBatches(batch, count, carried[0].shape[0] if carried else None)
 
     def advance(self, state, new_state):
         """Return the state with the seeds advanced, so that no two sub-batches share masks."""

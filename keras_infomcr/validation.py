@@ -19,12 +19,13 @@ def fraction(**arguments):
     _require(arguments, lambda v: _is_finite(v) and 0 < v <= 1, "a number in (0, 1]")
 
 
-def integer(*, minimum, **arguments):
-    """Require integers of at least `minimum`."""
+def integer(*, minimum, maximum=math.inf, **arguments):
+    """Require integers from `minimum` to `maximum`."""
+    limits = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
     _require(
         arguments,
-        lambda v: isinstance(v, numbers.Integral) and not _is_bool(v) and v >= minimum,
-        f"an integer of at least {minimum}",
+        lambda v: isinstance(v, numbers.Integral) and not _is_bool(v) and minimum <= v <= maximum,
+        f"an integer {limits}",
     )
 
 

@@ -12,6 +12,13 @@ float32 at least, wherever the framework lets this be asked for.
   `function(weights, context, *args) -> values` of shape `[n]` and the widest float type; `rows[k]`
   has shape `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of
   `args` alone. `compiled` asks for compilation, which torch has no use for.
+* `traced_once(function)`: the function, traced once for all the places that call it, if the
+  framework gains by it.
+* `looped(accumulate, compiled)`: a function like `core.sub_batch_averages.accumulate` that is
+  traced once for all its steps, if the framework gains by it; else `accumulate` itself. `compiled`
+  says whether XLA or the like compiles what is traced.
+* `cond(predicate, true_function, false_function)`: what the function chosen by a scalar array
+  returns; both return the same structure of arrays and `None`.
 * `main_pass(model, x, y, sample_weight)`: Keras's own forward and backward pass, with all its
   effects on variables; returns the predictions and the gradients, scaled, perhaps sparse.
 * `forward(model, x, **kwargs)`: the outputs, with the layers in the mode of that pass.
@@ -55,9 +62,11 @@ add = _module.add
 apply = _module.apply
 attach_state = _module.attach_state
 batch_size = _module.batch_size
+cond = _module.cond
 forward = _module.forward
 hessian_vector_product = _module.hessian_vector_product
 jacobian = _module.jacobian
+looped = _module.looped
 low_precision_products = _module.low_precision_products
 main_pass = _module.main_pass
 making_train_function = _module.making_train_function
@@ -68,6 +77,7 @@ passed_with_metrics = _module.passed_with_metrics
 random_state = _module.random_state
 set_random_state = _module.set_random_state
 slice_rows = _module.slice_rows
+traced_once = _module.traced_once
 train_step = _module.train_step
 value_and_grad = _module.value_and_grad
 widest_float = _module.widest_float

@@ -76,6 +76,21 @@ def jacobian(function, coupled, compiled=True):
     return whole if coupled else by_example
 
 
+def traced_once(function):
+    """Return the function."""
+    return function
+
+
+def looped(accumulate, compiled):
+    """Return `accumulate`."""
+    return accumulate
+
+
+def cond(predicate, true_function, false_function):
+    """Call one of two functions."""
+    return jax.lax.cond(predicate, true_function, false_function)
+
+
 def main_pass(model, x, y, sample_weight):
     """Run Keras's forward and backward pass."""
     state, metrics = model.non_trainable_variables, model.metrics_variables

@@ -10,6 +10,8 @@ import threading
 import keras
 import tensorflow as tf
 
+from keras_infomcr.backend.tensorflow_graphs import cond, looped, traced_once  # noqa: F401
+
 
 def value_and_grad(function):
     """Return `f(weights, *args) -> ((value, auxiliary), gradients)`."""
@@ -196,8 +198,12 @@ def batch_size(batch):
 
 def slice_rows(array, start, length):
     """Return rows of a dense, ragged or sparse tensor."""
-    if not isinstance(array, tf.SparseTensor):
+    if isinstance(array, tf.RaggedTensor):
         return array[start : start + length]
+    if not isinstance(array, tf.SparseTensor):
+        part = array[start : start + length]
+        part.set_shape([length if isinstance(length, int) else None, *array.shape[1:]])
+        return part
     shape = tf.cast(array.dense_shape, tf.int64)
     start, length = tf.cast(start, tf.int64), tf.cast(length, tf.int64)
     begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)

@@ -97,6 +97,21 @@ class _AnyMemoryFormat(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def traced_once(function):
+    """Return the function."""
+    return function
+
+
+def looped(accumulate, compiled):
+    """Return `accumulate`."""
+    return accumulate
+
+
+def cond(predicate, true_function, false_function):
+    """Call one of two functions."""
+    return true_function() if predicate else false_function()
+
+
 def main_pass(model, x, y, sample_weight):
     """Run Keras's forward and backward pass, which leaves the `.grad` of parameters alone."""
     kwargs = {"training": True} if model._call_has_training_arg else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class SubBatchAverages:
-    """What the sub-batches of a batch give together. The weight of each is its fraction b_i/B.
+    """What the sub-batches of a batch give together, each with its fraction b_i/B.
 
     Attributes:
         value: The average of the regulariser, a scalar.
@@ -23,8 +23,8 @@ class SubBatchAverages:
     gradient: list
     loss: Any
     loss_gradient: list
-    predictions: list
-    states: list
+    predictions: tuple
+    states: tuple
     fractions: list
 
 
@@ -41,7 +41,7 @@ def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
             a gradient is `None` where the loss does not depend on the weight.
         weights: List of arrays, w.
         state: List of arrays that both evaluations of a pair start from.
-        sub_batches: Iterable of `(fraction, batch)`, the fractions b_i/B adding up to 1.
+        sub_batches: Sequence of M pairs `(weight, batch)`, the weights M b_i/B.
         alpha: Float, the step of the finite difference.
         **kwargs: As for `average`.
 
@@ -53,10 +53,10 @@ def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
         loss, g, predictions, new_state = evaluate(weights, state, batch)
         moved = [w if d is None else w - alpha * d for w, d in zip(weights, g)]
         moved_loss, h, _, _ = evaluate(moved, state, batch)
-        difference = _add(g, _scale(-1, h, operator.mul))
+        difference = [None if a is None or b is None else a - b for a, b in zip(g, h)]
         return loss - moved_loss, difference, loss, g, predictions, new_state
 
-    return average(terms, len(weights), state, sub_batches, **kwargs)
+    return average(terms, state, sub_batches, **kwargs)
 
 
 def hessian_vector_products(evaluate, weights, state, sub_batches, alpha, **kwargs):
@@ -81,42 +81,77 @@ def hessian_vector_products(evaluate, weights, state, sub_batches, alpha, **kwar
 
     def terms(state, batch):
         loss, g, products, squared_norm, predictions, new_state = evaluate(weights, state, batch)
-        curvature = _scale(alpha, products, operator.mul)
+        curvature = [None if p is None else alpha * p for p in products]
         return alpha * squared_norm, curvature, loss, g, predictions, new_state
 
-    return average(terms, len(weights), state, sub_batches, **kwargs)
+    return average(terms, state, sub_batches, **kwargs)
 
 
-def average(terms, num_weights, state, sub_batches, advance=None, multiply=operator.mul):
+def average(
+    terms, state, sub_batches, advance=None, multiply=operator.mul, add_up=None, choose=None
+):
     """Average over the sub-batches of a batch.
 
     Args:
         terms: Function `(state, batch) -> (value, gradient, loss, loss_gradient, predictions,
             new_state)` of one sub-batch.
-        num_weights: Integer, the length of its gradients.
         state: List of arrays, the state that the first sub-batch starts from.
-        sub_batches: Iterable of `(fraction, batch)`, the fractions b_i/B adding up to 1.
+        sub_batches: Sequence of M pairs `(weight, batch)`, the weights M b_i/B.
         advance: Function `(state, new_state) -> state` that gives the next sub-batch its state.
             Defaults to the same state for all.
         multiply: Function `(scalar, array) -> array`. Defaults to `scalar * array`.
+        add_up: Function like `accumulate`. Defaults to that.
+        choose: Function `(i, terms, state, batch) -> (value, ...)` that may do something else
+            than to call `terms(state, batch)`. Defaults to that.
 
     Returns:
         A `SubBatchAverages`.
     """
-    value = loss = 0.0
-    gradient = loss_gradient = [None] * num_weights
-    predictions, states, fractions = [], [], []
-    for fraction, batch in sub_batches:
-        v, d, here, g, prediction, new_state = terms(state, batch)
-        value = value + multiply(fraction, v)
-        loss = loss + multiply(fraction, here)
-        gradient = _add(gradient, _scale(fraction, d, multiply))
-        loss_gradient = _add(loss_gradient, _scale(fraction, g, multiply))
-        predictions.append(prediction)
-        states.append(new_state)
-        fractions.append(fraction)
-        state = state if advance is None else advance(state, new_state)
-    return SubBatchAverages(value, gradient, loss, loss_gradient, predictions, states, fractions)
+    count = len(sub_batches)
+
+    def weighted(i, state):
+        weight, batch = sub_batches[i]
+        found = choose(i, terms, state, batch) if choose else terms(state, batch)
+        value, gradient, loss, loss_gradient, predictions, new_state = found
+        summands = [value, loss, *gradient, *loss_gradient]
+        if not (isinstance(weight, float) and weight == 1):  # else spare a pass over all weights
+            summands = _scale(weight, summands, multiply)
+        next_state = state if advance is None else advance(state, new_state)
+        return summands, (predictions, new_state, weight), next_state
+
+    sums, outputs = (add_up or accumulate)(weighted, state, count)
+    value, loss, *gradients = _scale(1 / count, sums, multiply)
+    num_weights = len(gradients) // 2
+    predictions, states, weights = zip(*outputs)
+    return SubBatchAverages(
+        value=value,
+        gradient=gradients[:num_weights],
+        loss=loss,
+        loss_gradient=gradients[num_weights:],
+        predictions=predictions,
+        states=states,
+        fractions=[multiply(1 / count, weight) for weight in weights],
+    )
+
+
+def accumulate(step, state, count):
+    """Take steps, each in the state that the last has left; add up what they give.
+
+    Args:
+        step: Function `(i, state) -> (summands, output, next_state)`; the summands are a list of
+            arrays and `None`, which counts as zero.
+        state: List of arrays, the state of step 0.
+        count: Integer, at least 1, the number of steps.
+
+    Returns:
+        Tuple of the list of sums and the list of outputs.
+    """
+    sums, outputs = None, []
+    for i in range(count):
+        summands, output, state = step(i, state)
+        sums = summands if sums is None else _add(sums, summands)
+        outputs.append(output)
+    return sums, outputs
 
 
 def _scale(scalar, terms, multiply):

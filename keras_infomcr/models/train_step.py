@@ -39,7 +39,8 @@ def train_step(objective, regularizer, monitor, data):
         result = regularizer(objective, batch)
     monitor.update(result.value, backend.batch_size(batch))
     factor = _unit(model.optimizer) * ops.cast(regularizer.strength, backend.widest_float())
-    gradients = [_add(g, r, factor) for g, r in zip(gradients, result.gradient)]
+    # A weight that the loss does not depend on stays without a gradient.
+    gradients = [g if g is None else _add(g, r, factor) for g, r in zip(gradients, result.gradient)]
     backend.apply(model.optimizer, gradients, model.trainable_variables)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 

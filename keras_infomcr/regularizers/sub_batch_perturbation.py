@@ -1,11 +1,16 @@
 """The regulariser of InfoMCR."""
 
+import dataclasses
 import warnings
 
 import keras
 
 from keras_infomcr import backend, validation
-from keras_infomcr.core.sub_batch_averages import finite_differences, hessian_vector_products
+from keras_infomcr.core.sub_batch_averages import (
+    accumulate,
+    finite_differences,
+    hessian_vector_products,
+)
 from keras_infomcr.objective import HALF_PRECISION
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer
@@ -45,6 +50,11 @@ class SubBatchPerturbation(Regularizer):
             `"auto"`: the second where the numbers are known to be the same (no layer couples
             the examples of a batch or draws random numbers, losses are means over the examples),
             else the first. Defaults to `"auto"`.
+        num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
+            drawn at random for each step, are perturbed, and their mean stands for that of all:
+            R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
+            instead of 2, or 1 + 2 k/M instead of 3. The draw follows from the optimizer's step
+            count. Layers that synchronise replicas do not allow it. Defaults to `None`: all.
         estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
             its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
             constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).
@@ -72,6 +82,7 @@ class SubBatchPerturbation(Regularizer):
         beta: float = 10.0,
         num_sub_batches: int = 8,
         main_gradient: str = "auto",
+        num_perturbed: int | None = None,
         estimator: str = "finite_difference",
     ):
         validation.positive(alpha=alpha)
@@ -79,28 +90,58 @@ class SubBatchPerturbation(Regularizer):
         validation.integer(minimum=1, num_sub_batches=num_sub_batches)
         validation.one_of("auto", "full_batch", "sub_batches", main_gradient=main_gradient)
         validation.one_of("finite_difference", "hessian_vector_product", estimator=estimator)
+        if num_perturbed is not None:
+            validation.integer(minimum=1, maximum=num_sub_batches, num_perturbed=num_perturbed)
         super().__init__(beta)
         self.alpha = alpha
         self.num_sub_batches = num_sub_batches
         self.main_gradient = main_gradient
+        self.num_perturbed = num_perturbed
         self.estimator = estimator
+        self._seed_generator = num_perturbed and keras.random.SeedGenerator(0)
 
     def __call__(self, objective, batch):
         """Return the `SubBatchAverages` of a batch."""
-        self.check_weights(objective.model)  # built, perhaps, only now
+        model = objective.model
+        self.check_weights(model)  # built, perhaps, only now
         count = max(1, self.num_sub_batches // backend.num_replicas())
-        average, evaluate = finite_differences, _gradients_of(objective)
+        sub_batches, weights = objective.sub_batches(batch, count), objective.weights()
+        gradients = backend.traced_once(_gradients_of(objective))
+        average, evaluate = finite_differences, gradients
         if self.estimator == "hessian_vector_product":
-            average, evaluate = hessian_vector_products, _products_of(objective)
-        return average(
+            average = hessian_vector_products
+            evaluate = backend.traced_once(_products_of(objective))
+        chosen = self._num_chosen(len(sub_batches))
+        choose = None
+        if chosen < len(sub_batches):
+            ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
+            rest = gradients if self.gives_main_gradient(model) else None
+            choose = _chooser(ranks, chosen, weights, rest)
+        result = average(
             evaluate,
-            objective.weights(),
+            weights,
             objective.state(),
-            objective.sub_batches(batch, count),
+            sub_batches,
             self.alpha,
             advance=objective.advance,
             multiply=times,
+            add_up=backend.looped(accumulate, bool(model.jit_compile)),
+            choose=choose,
         )
+        return result if choose is None else _scaled(result, len(sub_batches) / chosen)
+
+    def _num_chosen(self, count):
+        """Return how many of the sub-batches of this replica are perturbed."""
+        if self.num_perturbed is None:
+            return count
+        return min(count, max(1, self.num_perturbed // backend.num_replicas()))
+
+    def _random_ranks(self, count, step):
+        """Return the numbers below `count` in an order that the step's number determines."""
+        state = self._seed_generator.state
+        seed = keras.ops.stack([keras.ops.cast(n, state.dtype) for n in (0, step)])
+        with keras.StatelessScope([(state, seed)]):
+            return keras.random.shuffle(keras.ops.arange(count), seed=self._seed_generator)
 
     def gives_main_gradient(self, model):
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
@@ -152,8 +193,43 @@ class SubBatchPerturbation(Regularizer):
             "beta": to_shortest_float(self.beta),
             "num_sub_batches": self.num_sub_batches,
             "main_gradient": self.main_gradient,
+            "num_perturbed": self.num_perturbed,
             "estimator": self.estimator,
         }
+
+
+def _chooser(ranks, count, weights, gradients):
+    """Return the function that perturbs the sub-batches of the `count` lowest ranks.
+
+    Of the others it evaluates the `gradients` alone, or nothing if these are `None`.
+    """
+    zeros = [keras.ops.zeros_like(w) for w in weights]
+    zero = keras.ops.zeros((), backend.widest_float())
+
+    def choose(i, terms, state, batch):
+        def perturbed():
+            value, gradient, *rest = terms(state, batch)
+            value = keras.ops.cast(value, zero.dtype)
+            gradient = [z if d is None else d for z, d in zip(zeros, gradient)]
+            return value, gradient, rest if gradients else rest[-1]
+
+        def unperturbed():
+            if not gradients:
+                return zero, zeros, state
+            return zero, zeros, list(gradients(weights, state, batch))
+
+        value, gradient, rest = backend.cond(ranks[i] < count, perturbed, unperturbed)
+        if not gradients:
+            rest = zero, [None] * len(weights), None, rest
+        return value, gradient, *rest
+
+    return choose
+
+
+def _scaled(result, factor):
+    """Return `SubBatchAverages` with the regulariser multiplied by a factor."""
+    gradient = [None if d is None else times(factor, d) for d in result.gradient]
+    return dataclasses.replace(result, value=times(factor, result.value), gradient=gradient)
 
 
 def _gradients_of(objective):

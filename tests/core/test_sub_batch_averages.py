@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from keras_infomcr.core.sub_batch_averages import finite_differences
+from keras_infomcr.core.sub_batch_averages import accumulate, finite_differences
 
 ALPHA = 0.03
 FRACTIONS = [0.5, 0.3, 0.2]
@@ -51,7 +51,7 @@ def weights(rng):
     return [rng.normal(size=2), rng.normal(size=3)]
 
 
-SUB_BATCHES = list(zip(FRACTIONS, range(3)))
+SUB_BATCHES = list(zip(np.multiply(3, FRACTIONS), range(3)))
 
 
 def test_value_of_a_quadratic(quadratic, weights):
@@ -76,7 +76,7 @@ def test_gradient_is_the_derivative_of_the_value_at_constant_steps(quadratic, we
             delta = point - quadratic.centres[i]
             return delta @ quadratic.hessian @ delta / 2
 
-        return sum(f * (loss(w, i) - loss(w - steps[i], i)) for f, i in SUB_BATCHES)
+        return sum(f * (loss(w, i) - loss(w - steps[i], i)) for i, f in enumerate(FRACTIONS))
 
     w = np.concatenate(weights)
     # The value is a polynomial of degree two: central differences are exact up to rounding.
@@ -128,14 +128,14 @@ def test_both_evaluations_of_a_pair_start_from_the_same_state(quadratic, weights
 def test_state_does_not_advance_by_default(quadratic, weights):
     result = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA)
     assert [state for _, state, _ in quadratic.calls] == [[1]] * 6
-    assert result.states == [[2]] * 3
+    assert result.states == ([2],) * 3
 
 
 def test_predictions_are_those_at_w(quadratic, weights):
     result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     expected = 10 * np.arange(3) + weights[0][0] - quadratic.centres[:, 0]
     np.testing.assert_allclose(result.predictions, expected, rtol=1e-14)
-    assert result.fractions == FRACTIONS
+    np.testing.assert_allclose(result.fractions, FRACTIONS, rtol=1e-15)
 
 
 def test_weight_without_gradient_stays_without(quadratic, weights):
@@ -171,13 +171,14 @@ def test_one_sub_batch_is_the_whole_batch(quadratic, weights):
 
 
 def test_fraction_zero_counts_for_nothing(quadratic, weights):
-    with_surplus = finite_differences(quadratic, weights, [], [*SUB_BATCHES, (0.0, 0)], ALPHA)
+    sub_batches = [(4 * fraction, i) for i, fraction in enumerate(FRACTIONS)] + [(0.0, 0)]
+    with_surplus = finite_differences(quadratic, weights, [], sub_batches, ALPHA)
     expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
-    np.testing.assert_array_equal(with_surplus.value, expected.value)
-    np.testing.assert_array_equal(with_surplus.gradient[0], expected.gradient[0])
+    np.testing.assert_allclose(with_surplus.value, expected.value, rtol=1e-14)
+    np.testing.assert_allclose(with_surplus.gradient[0], expected.gradient[0], rtol=1e-14)
 
 
-def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
+def test_scalars_are_multiplied_by_the_function_given(quadratic, weights):
     result = finite_differences(
         quadratic,
         weights,
@@ -187,11 +188,32 @@ def test_fractions_are_multiplied_by_the_function_given(quadratic, weights):
         multiply=lambda scalar, array: 2 * scalar * array,
     )
     expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    # Once by the weight, once by 1 / M.
     for field in ("value", "loss"):
-        np.testing.assert_allclose(getattr(result, field), 2 * getattr(expected, field), rtol=1e-15)
+        np.testing.assert_allclose(getattr(result, field), 4 * getattr(expected, field), rtol=1e-15)
     for field in ("gradient", "loss_gradient"):
-        for got, half in zip(getattr(result, field), getattr(expected, field)):
-            np.testing.assert_allclose(got, 2 * half, rtol=1e-15)
+        for got, quarter in zip(getattr(result, field), getattr(expected, field)):
+            np.testing.assert_allclose(got, 4 * quarter, rtol=1e-15)
+
+
+def test_equal_sub_batches_are_averaged(quadratic, weights):
+    equal = finite_differences(quadratic, weights, [], [(1.0, i) for i in range(3)], ALPHA)
+    g = quadratic.gradients(weights)
+    np.testing.assert_allclose(np.concatenate(equal.loss_gradient), g.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(equal.fractions, [1 / 3] * 3, rtol=1e-15)
+
+
+def test_sums_are_added_up_by_the_function_given(quadratic, weights):
+    counts = []
+
+    def add_up(step, state, count):
+        counts.append(count)
+        return accumulate(step, state, count)
+
+    result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA, add_up=add_up)
+    expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
+    assert counts == [3]
+    np.testing.assert_array_equal(result.value, expected.value)
 
 
 def test_result_is_frozen(quadratic, weights):

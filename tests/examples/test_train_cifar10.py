@@ -265,6 +265,7 @@ def test_mirrored_strategy_needs_tensorflow(capsys):
     )
 
 
+@pytest.mark.slow
 @interrupted
 def test_mirrored_strategy_trains_and_resumes(mirrored, command, tmp_path, monkeypatch):
     import tensorflow as tf

@@ -220,7 +220,7 @@ def test_moving_statistics_come_back(wrap, tmp_path):
 def test_hyper_parameters_come_back(way, tmp_path):
     model = WAYS[way]()
     model(X)
-    rule = SubBatchPerturbation(0.3, 2.0, 5, "sub_batches", "hessian_vector_product")
+    rule = SubBatchPerturbation(0.3, 2.0, 5, "sub_batches", 3, "hessian_vector_product")
     compiled(model, regularizer=rule)
     model.regularizer.beta = 7.0
     model.optimizer.build(model.trainable_variables)
@@ -231,6 +231,7 @@ def test_hyper_parameters_come_back(way, tmp_path):
         "beta": 7.0,
         "num_sub_batches": 5,
         "main_gradient": "sub_batches",
+        "num_perturbed": 3,
         "estimator": "hessian_vector_product",
     }
     assert loaded.regularizer_active

@@ -557,8 +557,8 @@ def test_live_beta_out_of_range_keeps_the_old_one(value):
 
 
 def test_unknown_argument():
-    with pytest.raises(TypeError, match="num_perturbed"):
-        SubBatchPerturbation(num_perturbed=2)
+    with pytest.raises(TypeError, match="num_perturbations"):
+        SubBatchPerturbation(num_perturbations=2)
 
 
 @pytest.mark.parametrize(
@@ -610,6 +610,7 @@ CONFIG = {
     "beta": 0.1,
     "num_sub_batches": 5,
     "main_gradient": "full_batch",
+    "num_perturbed": 3,
     "estimator": "hessian_vector_product",
 }
 
@@ -620,6 +621,7 @@ def test_defaults_are_those_of_the_paper():
         "beta": 10.0,
         "num_sub_batches": 8,
         "main_gradient": "auto",
+        "num_perturbed": None,
         "estimator": "finite_difference",
     }
 

@@ -1,0 +1,266 @@
+"""Time a regularised training step against a plain one of Keras, side by side in one process.
+
+For each network, batch size and number of sub-batches M, all ways to take a step are compiled
+first and then timed in turn, round after round: a plain `keras.Model`, the closed gate, both main
+gradients, subsets of the sub-batches, both estimators, and (on TensorFlow) a literal transcription
+of the paper's algorithm with a second model and assigned weights.
+
+    python benchmarks/step_cost.py --quick
+    python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
+
+prints the table and writes it, as JSON and as a figure, to benchmarks/results/; `--docs FILE` puts
+the tables of all JSON files there between the markers of a Markdown file, without measuring.
+KERAS_BACKEND chooses the backend.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import keras
+import matplotlib
+import numpy as np
+
+from keras_infomcr import RegularizedModel
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from networks import NETWORKS  # noqa: E402
+
+# Freed memory goes back to the system at once, so that the peak of a step can be seen.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+ALPHA, BETA = 1e-4, 10.0
+MARKERS = "<!-- step_cost: begin -->", "<!-- step_cost: end -->"
+
+
+def mlp(num_classes=10):
+    """Return a perceptron of two hidden layers for 28 x 28 images."""
+    inputs = keras.Input((28, 28, 1))
+    x = keras.layers.Flatten()(inputs)
+    for _ in range(2):
+        x = keras.layers.Dense(512, "relu")(x)
+    return inputs, keras.layers.Dense(num_classes)(x)
+
+
+def make(name, jit, **options):
+    """Return a compiled model; without options a plain `keras.Model`."""
+    keras.utils.set_random_seed(0)
+    base = options.pop("base", RegularizedModel if options else keras.Model)
+    model = base(*(mlp if name == "mlp" else NETWORKS[name])())
+    if base is RegularizedModel:
+        options = {"regularizer": SubBatchPerturbation(ALPHA, BETA, **options)}
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=jit,
+        **options,
+    )
+    return model
+
+
+def literal(name, jit, count):
+    """Return a plain model whose step is the paper's Algorithm 1, read to the letter."""
+    import tensorflow as tf
+
+    twin = keras.Model(*(mlp if name == "mlp" else NETWORKS[name])())
+
+    class Literal(keras.Model):
+        def train_step(self, data):
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+            with tf.GradientTape() as tape:
+                predictions = self(x, training=True)
+                loss = self.compute_loss(x, y, predictions)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            for x_i, y_i in zip(tf.split(x, count), tf.split(y, count)):
+                for copy, variable in zip(twin.variables, self.variables):
+                    copy.assign(variable)
+                g = self.twin_gradients(x_i, y_i)
+                for copy, variable, d in zip(twin.trainable_variables, self.trainable_variables, g):
+                    copy.assign(variable - ALPHA * d)
+                h = self.twin_gradients(x_i, y_i)
+                gradients = [t + BETA / count * (a - b) for t, a, b in zip(gradients, g, h)]
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+            return self.compute_metrics(x, y, predictions)
+
+        def twin_gradients(self, x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self.loss(y, twin(x, training=True)))
+            return tape.gradient(loss, twin.trainable_variables)
+
+    return make(name, jit, base=Literal)
+
+
+def make_models(name, jit, count):
+    """Yield the names of the kinds of steps, and models that take them."""
+    options = {"num_sub_batches": count}
+    kinds = {"plain": {}, "closed gate": options}
+    for main in ("sub_batches", "full_batch"):
+        kinds[main] = chosen = options | {"main_gradient": main}
+        for part in (2, 4):
+            kinds[f"{main}, M/{part} perturbed"] = chosen | {"num_perturbed": count // part}
+        kinds[f"{main}, Hessian-vector product"] = chosen | {"estimator": "hessian_vector_product"}
+    for label, arguments in kinds.items():
+        model = make(name, jit, **arguments)
+        if label == "closed gate":
+            model.regularizer_active = False
+        yield label, model
+    if keras.backend.backend() == "tensorflow":
+        yield "literal", literal(name, jit, count)
+
+
+def measure(name, jit, batch_size, count, rounds):
+    """Return the rows of one table: dictionaries with the figures of each model."""
+    rng = np.random.default_rng(0)
+    shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
+    x = rng.normal(size=(batch_size, *shape)).astype("float32")
+    y = rng.integers(10, size=batch_size).astype("int32")
+    steps, first = {}, {}
+    for label, model in make_models(name, jit, count):
+        start = time.perf_counter()
+        model.train_on_batch(x, y)
+        first[label] = time.perf_counter() - start
+        model.train_on_batch(x, y)
+        steps[label] = model.train_on_batch
+    times = {label: [] for label in steps}
+    for _ in range(rounds):
+        for label, step in steps.items():
+            start = time.perf_counter()
+            step(x, y)
+            times[label].append(time.perf_counter() - start)
+    # The ratio of each round, whose steps see the same load of the machine.
+    ratios = {k: [t / p for t, p in zip(v, times["plain"])] for k, v in times.items()}
+    return [
+        {
+            "network": name,
+            "batch size": batch_size,
+            "M": count,
+            "step": label,
+            "seconds": statistics.median(times[label]),
+            "ratio": statistics.median(ratios[label]),
+            "first call": first[label],
+            "first call ratio": first[label] / first["plain"],
+            "peak MiB": peak_memory(lambda s=step: s(x, y)),
+        }
+        for label, step in steps.items()
+    ]
+
+
+def peak_memory(function):
+    """Return what a call takes beyond what was held before, in MiB; `None` if unknown."""
+    status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+    if not reset.exists() or keras.distribution.list_devices("gpu"):
+        return None
+    before = _memory(status, "VmRSS")
+    reset.write_text("5")
+    function()
+    return (_memory(status, "VmHWM") - before) / 1024
+
+
+def _memory(status, key):
+    return next(int(line.split()[1]) for line in status.open() if line.startswith(key))
+
+
+def table(report):
+    """Return the rows of a report as Markdown, a table for each network, batch size and M."""
+    lines = []
+    for key in sorted({(r["network"], r["batch size"], r["M"]) for r in report["rows"]}):
+        network, batch_size, count = key
+        lines += [
+            f"**{network}, batch {batch_size}, M = {count}** ({report['versions']})",
+            "",
+            "| step | seconds | ratio | first call | ratio | peak, MiB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for r in report["rows"]:
+            if (r["network"], r["batch size"], r["M"]) == key:
+                peak = "" if r["peak MiB"] is None else f"{r['peak MiB']:.0f}"
+                lines.append(
+                    f"| {r['step']} | {r['seconds']:.3f} | {r['ratio']:.2f} "
+                    f"| {r['first call']:.1f} | {r['first call ratio']:.1f} | {peak} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(report, path):
+    """Save a picture of the ratios, a panel for each network, batch size and M."""
+    keys = sorted({(r["network"], r["batch size"], r["M"]) for r in report["rows"]})
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(3 + 2.6 * len(keys), 4), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, key in zip(axes[0], keys):
+        rows = [r for r in report["rows"] if (r["network"], r["batch size"], r["M"]) == key]
+        bars = axis.barh([r["step"] for r in rows], [r["ratio"] for r in rows])
+        axis.bar_label(bars, fmt="%.2f", padding=2)
+        axis.margins(x=0.2)
+        axis.set(title="{}, batch {}, M = {}".format(*key), xlabel="plain steps")
+    axes[0, 0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def write_docs(folder, path):
+    """Put the tables of all reports in a folder between the markers of a file."""
+    reports = [json.loads(p.read_text()) for p in sorted(folder.glob("step_cost*.json"))]
+    head, rest = path.read_text().split(MARKERS[0])
+    tail = rest.split(MARKERS[1])[1]
+    tables = "\n".join(map(table, reports))
+    path.write_text(f"{head}{MARKERS[0]}\n{tables}{MARKERS[1]}{tail}")
+
+
+def main():
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    networks = ["mlp", "resnet-20", "wrn-28-2"]
+    add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
+    add("--batch-sizes", type=int, nargs="+", default=[128, 512])
+    add("--num-sub-batches", type=int, nargs="+", default=[8, 16])
+    add("--rounds", type=int, default=10, help="steps of each kind (%(default)s)")
+    add("--jit", action="store_true", help="compile with XLA or torch.compile")
+    add("--quick", action="store_true", help="the perceptron, batch 128, M = 8, alone")
+    add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
+    settings = parser.parse_args()
+    if settings.docs:
+        write_docs(settings.output, settings.docs)
+        return
+    if settings.quick:
+        settings.networks, settings.batch_sizes, settings.num_sub_batches = ["mlp"], [128], [8]
+
+    if not ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+    backend = keras.backend.backend()
+    jit = settings.jit or backend == "jax"  # which has no other graphs
+    make("mlp", jit).train_on_batch(np.zeros((8, 28, 28, 1)), np.zeros(8))  # the framework's start
+    report = {
+        "versions": f"{backend} {sys.modules[backend].__version__}, Keras {keras.__version__}, "
+        f"{os.cpu_count()} CPU cores, {platform.machine()}{', XLA' if settings.jit else ''}",
+        "rows": [],
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    name = f"step_cost_{backend}{'_jit' if settings.jit else ''}"
+    for network in settings.networks:
+        for batch_size in settings.batch_sizes:
+            for count in settings.num_sub_batches:
+                rows = measure(network, jit, batch_size, count, settings.rounds)
+                print(table(report | {"rows": rows}), flush=True)
+                report["rows"] += rows
+                keras.utils.clear_session()
+                path = settings.output / f"{name}.json"
+                path.write_text(json.dumps(report, indent=1))
+                plot(report, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

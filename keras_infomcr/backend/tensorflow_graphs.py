@@ -1,0 +1,114 @@
+"""TensorFlow: functions that become graphs of their own, and loops over them.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15: the functions for masks, which Keras
+keeps as an attribute of tensors and graphs do not pass on.
+"""
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+
+
+def traced_once(function):
+    """Return the function as a graph of its own, which takes and returns tensors."""
+    if _must_stay_open():
+        return function
+
+    @tf.function(autograph=False)
+    def graph(*args):
+        results = function(*args)
+        return results, [get_keras_mask(r) for r in keras.tree.flatten(results)]
+
+    def traced(*args):
+        return _with_masks(*graph(*args))
+
+    return traced
+
+
+def looped(accumulate, compiled):
+    """Return a function like `accumulate` whose graph has one step, executed in a loop.
+
+    Not under XLA, which on CPUs is many times slower at convolutions within loops.
+    """
+    if compiled or _must_stay_open():
+        return accumulate
+
+    def loop(step, state, count):
+        @tf.function(autograph=False)
+        def graph(i, state):
+            summands, output, next_state = step(i, state)
+            masks = [get_keras_mask(o) for o in keras.tree.flatten(output)]
+            return summands, (output, masks), next_state
+
+        specs = tf.nest.map_structure(tf.type_spec_from_value, state)
+        once = graph.get_concrete_function(tf.TensorSpec((), tf.int32), specs)
+        summands, outputs, _ = once.structured_outputs
+        if not all(isinstance(o, tf.TensorSpec) for o in tf.nest.flatten(outputs) if o is not None):
+            return accumulate(step, state, count)  # ragged predictions, which no array can hold
+
+        def body(i, sums, arrays, state):
+            summands, outputs, state = once(i, state)
+            sums = [s + t for s, t in zip(sums, _present(summands))]
+            arrays = [a.write(i, o) for a, o in zip(arrays, _present(outputs))]
+            return i + 1, sums, arrays, state
+
+        sums = [tf.zeros(s.shape, s.dtype) for s in _present(summands)]
+        arrays = [
+            tf.TensorArray(o.dtype, count, element_shape=o.shape, infer_shape=False)
+            for o in _present(outputs)
+        ]
+        _, sums, arrays, _ = tf.while_loop(
+            lambda i, *_: i < count,
+            body,
+            (tf.constant(0), sums, arrays, state),
+            parallel_iterations=1,
+            maximum_iterations=count,
+        )
+        steps = [
+            _with_masks(*_filled(outputs, [array.read(i) for array in arrays]))
+            for i in range(count)
+        ]
+        return _filled(summands, sums), steps
+
+    return loop
+
+
+def cond(predicate, true_function, false_function):
+    """Call one of two functions."""
+    structures = []
+
+    def flat(function):
+        def call():
+            results = function()
+            masks = [get_keras_mask(r) for r in keras.tree.flatten(results)]
+            structures.append((results, masks))
+            return _present((results, masks))
+
+        return call
+
+    found = tf.cond(predicate, flat(true_function), flat(false_function))
+    return _with_masks(*_filled(structures[0], found))
+
+
+def _must_stay_open():
+    """Return whether functions must not become graphs of their own."""
+    # Layers that synchronise replicas cannot do so within them.
+    return tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync > 1
+
+
+def _present(structure):
+    return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
+
+
+def _filled(structure, values):
+    """Return values in a structure whose leaves stand for them, or are `None`."""
+    values = iter(values)
+    flat = [None if leaf is None else next(values) for leaf in tf.nest.flatten(structure)]
+    return tf.nest.pack_sequence_as(structure, flat)
+
+
+def _with_masks(results, masks):
+    for result, mask in zip(keras.tree.flatten(results), masks):
+        if mask is not None:
+            set_keras_mask(result, mask)
+    return results
