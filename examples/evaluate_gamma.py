@@ -4,7 +4,8 @@
 
 Three gamma-hats are printed: the paper's (Eq. 6); the same with normalised logits, by which the
 paper compares runs with and without the regulariser; and that of the paper's code, which is half
-as large and puts batch normalisation in training mode on chunks of 10 images. Smaller is flatter;
+as large and puts batch normalisation in training mode on chunks of 10 images. (That code takes
+the first 10,000 training images, each once; here all trials draw at random.) Smaller is flatter;
 models compare at equal settings, and only if they have the same architecture.
 """
 

@@ -128,6 +128,6 @@ def _check(arrays, source):
         check(y.shape == x.shape[:1], f"y_{split}", "have one label an image", f"shape {y.shape}")
         check(np.issubdtype(y.dtype, np.integer), f"y_{split}", "be integers", y.dtype)
         check(y.min() >= 0, f"y_{split}", "be labels from 0", f"a label {y.min()}")
-    classes = arrays["y_train"].max() + 1
+    classes = int(arrays["y_train"].max()) + 1  # as uint8, 255 + 1 would be 0
     largest = arrays["y_test"].max()
     check(largest < classes, "y_test", f"be labels below {classes}, as y_train", f"label {largest}")

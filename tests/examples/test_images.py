@@ -69,6 +69,12 @@ def test_classes_are_counted_before_images_are_left_out(tmp_path, rng):
     assert images.load(tmp_path / "data.npz", 2).num_classes == 3
 
 
+def test_labels_may_fill_their_type(tmp_path, rng):
+    labels = np.array([255, 1, 2, 0, 1, 2], "uint8")
+    np.savez(tmp_path / "data.npz", **arrays(rng, y_train=labels))
+    assert images.load(tmp_path / "data.npz").num_classes == 256
+
+
 @pytest.mark.parametrize("number", [0, 7])
 def test_number_of_training_images_is_checked(number, tmp_path, rng):
     np.savez(tmp_path / "data.npz", **arrays(rng))
