@@ -11,14 +11,17 @@ Needs the TensorFlow backend, where Keras computes in float64 throughout; a minu
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
+from unittest import mock
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras
 import matplotlib
 import numpy as np
+import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from keras_infomcr import RegularizedModel, backend
@@ -30,7 +33,15 @@ from matplotlib import pyplot as plt
 
 ALPHAS = np.logspace(-6, 0, 19)
 SHOWN = (1e-4, 1e-2, 1e-1)
-POLICIES = {"float64": "float64", "float32": "float32", "bfloat16": "mixed_bfloat16"}
+TF32 = "TensorFloat-32, emulated"
+POLICIES = {
+    "float64": "float64",
+    "float32": "float32",
+    TF32: "float32",
+    "bfloat16": "mixed_bfloat16",
+}
+# Wide under narrow, for lines that lie upon each other.
+STYLES = ("lightgreen", 6), ("tab:blue", 3), ("tab:orange", 1.5), ("tab:red", 1.5)
 FINITE_DIFFERENCE, PRODUCT = "finite difference", "Hessian-vector product"
 
 
@@ -67,6 +78,35 @@ def loss_as_is(model):
             return model.compute_loss(batch.x, batch.y, predictions), None
 
     return loss
+
+
+@contextlib.contextmanager
+def emulated_tf32():
+    """Have convolutions and matrix products, and their gradients, take rounded operands.
+
+    So do the tensor cores of NVIDIA GPUs: 10 binary digits after the first, sums in float32.
+    """
+
+    @tf.custom_gradient
+    def rounded(x):
+        bits = tf.bitcast(x, tf.int32)
+        nearest = tf.bitcast(tf.bitwise.bitwise_and(bits + 0x1000, ~0x1FFF), tf.float32)
+        return nearest, with_rounded_gradient
+
+    @tf.custom_gradient
+    def with_rounded_gradient(x):
+        return tf.identity(x), rounded
+
+    def of_rounded(operation):
+        return lambda a, b, *args, **kwargs: with_rounded_gradient(
+            operation(rounded(a), rounded(b), *args, **kwargs)
+        )
+
+    with (
+        mock.patch.object(tf.nn, "convolution", of_rounded(tf.nn.convolution)),
+        mock.patch.object(tf, "matmul", of_rounded(tf.matmul)),
+    ):
+        yield
 
 
 def directions(model, function, batch):
@@ -106,7 +146,8 @@ def study(activation, images, labels, epochs):
         model = make_model(activation, policy)
         model.set_weights(trained.get_weights())
         data = Batch(*map(keras.ops.convert_to_tensor, batch))
-        found = {precision: directions(model, loss_as_is(model), data)}
+        with emulated_tf32() if precision == TF32 else contextlib.nullcontext():
+            found = {precision: directions(model, loss_as_is(model), data)}
         if precision == "bfloat16":
             found["float32, as the package does under mixed_bfloat16"] = directions(
                 model, Objective(model), data
@@ -136,8 +177,7 @@ def print_table(results):
 
 def plot(results, path):
     """Save a picture: cosine and norm ratio over alpha, a column for each network."""
-    # Wide under narrow, for lines that lie upon each other.
-    colors = dict(zip(POLICIES, (("lightgreen", 6), ("tab:blue", 3), ("tab:red", 1.5))))
+    colors = dict(zip(POLICIES, STYLES))
     lines = {FINITE_DIFFERENCE: "-", PRODUCT: ":"}
     figure, axes = plt.subplots(
         2, len(results), figsize=(9, 6), sharex=True, sharey="row", layout="constrained"

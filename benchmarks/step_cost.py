@@ -8,16 +8,17 @@ of the paper's algorithm with a second model and assigned weights.
     python benchmarks/step_cost.py --quick
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
 
-prints the table and writes it, as JSON and as a figure, to benchmarks/results/; `--docs FILE` puts
-the tables of all JSON files there between the markers of a Markdown file, without measuring.
-KERAS_BACKEND chooses the backend.
+prints the tables and adds them, as JSON and as a figure, to those in benchmarks/results/ that were
+measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
+JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
+the backend.
 """
 
 import argparse
+import itertools
 import json
-import os
+import logging
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +26,7 @@ import time
 import keras
 import matplotlib
 import numpy as np
+from machine import BACKEND, device, is_gpu, peak_memory, set_precision
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -36,8 +38,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from networks import NETWORKS  # noqa: E402
 
-# Freed memory goes back to the system at once, so that the peak of a step can be seen.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ALPHA, BETA = 1e-4, 10.0
 MARKERS = "<!-- step_cost: begin -->", "<!-- step_cost: end -->"
 
@@ -114,16 +114,17 @@ def make_models(name, jit, count):
         if label == "closed gate":
             model.regularizer_active = False
         yield label, model
-    if keras.backend.backend() == "tensorflow":
+    if BACKEND == "tensorflow":
         yield "literal", literal(name, jit, count)
 
 
-def measure(name, jit, batch_size, count, rounds):
+def measure(name, batch_size, count, jit, rounds):
     """Return the rows of one table: dictionaries with the figures of each model."""
     rng = np.random.default_rng(0)
     shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
     x = rng.normal(size=(batch_size, *shape)).astype("float32")
     y = rng.integers(10, size=batch_size).astype("int32")
+    make(name, jit).train_on_batch(x, y)  # what the framework does once
     steps, first = {}, {}
     for label, model in make_models(name, jit, count):
         start = time.perf_counter()
@@ -132,11 +133,12 @@ def measure(name, jit, batch_size, count, rounds):
         model.train_on_batch(x, y)
         steps[label] = model.train_on_batch
     times = {label: [] for label in steps}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    while len(times["plain"]) < rounds or time.perf_counter() - start < 10:
         for label, step in steps.items():
-            start = time.perf_counter()
+            before = time.perf_counter()
             step(x, y)
-            times[label].append(time.perf_counter() - start)
+            times[label].append(time.perf_counter() - before)
     # The ratio of each round, whose steps see the same load of the machine.
     ratios = {k: [t / p for t, p in zip(v, times["plain"])] for k, v in times.items()}
     return [
@@ -155,34 +157,24 @@ def measure(name, jit, batch_size, count, rounds):
     ]
 
 
-def peak_memory(function):
-    """Return what a call takes beyond what was held before, in MiB; `None` if unknown."""
-    status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
-    if not reset.exists() or keras.distribution.list_devices("gpu"):
-        return None
-    before = _memory(status, "VmRSS")
-    reset.write_text("5")
-    function()
-    return (_memory(status, "VmHWM") - before) / 1024
-
-
-def _memory(status, key):
-    return next(int(line.split()[1]) for line in status.open() if line.startswith(key))
+def key_of(row):
+    """Return what a table is of."""
+    return row["network"], row["batch size"], row["M"]
 
 
 def table(report):
     """Return the rows of a report as Markdown, a table for each network, batch size and M."""
     lines = []
-    for key in sorted({(r["network"], r["batch size"], r["M"]) for r in report["rows"]}):
+    for key in sorted(set(map(key_of, report["rows"]))):
         network, batch_size, count = key
         lines += [
             f"**{network}, batch {batch_size}, M = {count}** ({report['versions']})",
             "",
-            "| step | seconds | ratio | first call | ratio | peak, MiB |",
+            "| step | seconds | plain steps | first call, s | plain ones | peak, MiB |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for r in report["rows"]:
-            if (r["network"], r["batch size"], r["M"]) == key:
+            if key_of(r) == key:
                 peak = "" if r["peak MiB"] is None else f"{r['peak MiB']:.0f}"
                 lines.append(
                     f"| {r['step']} | {r['seconds']:.3f} | {r['ratio']:.2f} "
@@ -194,13 +186,17 @@ def table(report):
 
 def plot(report, path):
     """Save a picture of the ratios, a panel for each network, batch size and M."""
-    keys = sorted({(r["network"], r["batch size"], r["M"]) for r in report["rows"]})
+    keys = sorted(set(map(key_of, report["rows"])))
+    columns = min(4, len(keys))
+    lines = -(-len(keys) // columns)
     figure, axes = plt.subplots(
-        1, len(keys), figsize=(3 + 2.6 * len(keys), 4), sharey=True, squeeze=False,
+        lines, columns, figsize=(3 + 2.6 * columns, 3.6 * lines), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axis, key in zip(axes[0], keys):
-        rows = [r for r in report["rows"] if (r["network"], r["batch size"], r["M"]) == key]
+    for axis in axes.flat[len(keys) :]:
+        axis.remove()
+    for axis, key in zip(axes.flat, keys):
+        rows = [r for r in report["rows"] if key_of(r) == key]
         bars = axis.barh([r["step"] for r in rows], [r["ratio"] for r in rows])
         axis.bar_label(bars, fmt="%.2f", padding=2)
         axis.margins(x=0.2)
@@ -218,48 +214,51 @@ def write_docs(folder, path):
     path.write_text(f"{head}{MARKERS[0]}\n{tables}{MARKERS[1]}{tail}")
 
 
-def main():
-    """Measure, print and save."""
+def parse():
+    """Return the settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2"]
     add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
     add("--batch-sizes", type=int, nargs="+", default=[128, 512])
     add("--num-sub-batches", type=int, nargs="+", default=[8, 16])
-    add("--rounds", type=int, default=10, help="steps of each kind (%(default)s)")
+    add("--rounds", type=int, default=10, help="steps of each kind, at least (%(default)s)")
     add("--jit", action="store_true", help="compile with XLA or torch.compile")
+    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
     add("--quick", action="store_true", help="the perceptron, batch 128, M = 8, alone")
     add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
     settings = parser.parse_args()
+    if settings.quick:
+        settings.networks, settings.batch_sizes, settings.num_sub_batches = ["mlp"], [128], [8]
+    return settings
+
+
+def main():
+    """Measure, print and save."""
+    settings = parse()
     if settings.docs:
         write_docs(settings.output, settings.docs)
         return
-    if settings.quick:
-        settings.networks, settings.batch_sizes, settings.num_sub_batches = ["mlp"], [128], [8]
-
-    if not ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
-    backend = keras.backend.backend()
-    jit = settings.jit or backend == "jax"  # which has no other graphs
-    make("mlp", jit).train_on_batch(np.zeros((8, 28, 28, 1)), np.zeros(8))  # the framework's start
-    report = {
-        "versions": f"{backend} {sys.modules[backend].__version__}, Keras {keras.__version__}, "
-        f"{os.cpu_count()} CPU cores, {platform.machine()}{', XLA' if settings.jit else ''}",
-        "rows": [],
-    }
+    set_precision(settings.precision)
+    logging.getLogger("tensorflow").setLevel("ERROR")  # which warns of one trace for each model
+    jit = settings.jit or BACKEND == "jax"  # which has no other graphs
+    version = sys.modules[BACKEND].__version__
+    versions = [f"{BACKEND} {version}", f"Keras {keras.__version__}", device(), settings.precision]
+    report = {"versions": ", ".join(versions + ["compiled"] * settings.jit), "rows": []}
     settings.output.mkdir(parents=True, exist_ok=True)
-    name = f"step_cost_{backend}{'_jit' if settings.jit else ''}"
-    for network in settings.networks:
-        for batch_size in settings.batch_sizes:
-            for count in settings.num_sub_batches:
-                rows = measure(network, jit, batch_size, count, settings.rounds)
-                print(table(report | {"rows": rows}), flush=True)
-                report["rows"] += rows
-                keras.utils.clear_session()
-                path = settings.output / f"{name}.json"
-                path.write_text(json.dumps(report, indent=1))
-                plot(report, path.with_suffix(".png"))
+    kind = [BACKEND, "gpu" if is_gpu() else "cpu", settings.precision] + ["jit"] * settings.jit
+    path = settings.output / f"step_cost_{'_'.join(kind)}.json"
+    if path.exists() and (found := json.loads(path.read_text()))["versions"] == report["versions"]:
+        report = found
+    cases = itertools.product(settings.networks, settings.batch_sizes, settings.num_sub_batches)
+    for case in cases:
+        rows = measure(*case, jit, settings.rounds)
+        print(table(report | {"rows": rows}), flush=True)
+        report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
+        path.write_text(json.dumps(report, indent=1))
+        plot(report, path.with_suffix(".png"))
+        keras.utils.clear_session()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ class Objective:
     """The compiled loss L of a model, without weight penalties, as a pure function.
 
     `objective(weights, state, batch) -> loss, (predictions, new_state)` computes as in training
-    and leaves the model as it was: weights, batch-norm statistics, seeds and metrics.
+    and leaves the model as it was: weights, batch-norm statistics, seeds and metrics. In the new
+    state `None` stands for what has not changed.
 
     It computes in float32 at least, whatever the dtype policy: the difference of two gradients
     at points as near as w and w - alpha g is lost in half precision.
@@ -53,7 +54,9 @@ class Objective:
                 batch.x, batch.y, predictions, copied(batch.sample_weight), training=True
             )
             variables = self.model.non_trainable_variables
-            new_state = [scope.get_current_value(v) for v in variables] + backend.random_state()
+            values = [scope.get_current_value(v) for v in variables]
+            new_state = [None if v is s else v for v, s in zip(values, state)]
+            new_state += backend.random_state()
         # Under a strategy Keras divides the loss by the number of replicas.
         return loss * backend.num_replicas(), (predictions, new_state)
 
@@ -94,12 +97,13 @@ class Objective:
         carried = self._carried_variables()
         return SubBatches(batch, count, carried[0].shape[0] if carried else None)
 
-    def advance(self, state, new_state):
-        """Return the state with the seeds advanced, so that no two sub-batches share masks."""
-        return [
-            old if "float" in keras.backend.standardize_dtype(old.dtype) else new
-            for old, new in zip(state, new_state)
-        ]
+    def seeds(self, state):
+        """Return the indices of the seeds and counters in a state, which are not to be averaged.
+
+        A sub-batch takes them from the one before, so that no two share masks.
+        """
+        dtypes = [keras.backend.standardize_dtype(array.dtype) for array in state]
+        return [k for k, dtype in enumerate(dtypes) if "float" not in dtype]
 
     def _carried_variables(self):
         """Return the variables in which stateful RNNs carry a state for each row of the batch."""

@@ -43,8 +43,9 @@ def looped(accumulate, compiled):
         specs = tf.nest.map_structure(tf.type_spec_from_value, state)
         once = graph.get_concrete_function(tf.TensorSpec((), tf.int32), specs)
         summands, outputs, _ = once.structured_outputs
-        if not all(isinstance(o, tf.TensorSpec) for o in tf.nest.flatten(outputs) if o is not None):
-            return accumulate(step, state, count)  # ragged predictions, which no array can hold
+        ragged = any(isinstance(o, tf.__internal__.CompositeTensor) for o in _present(outputs))
+        if ragged or not all(s.shape.is_fully_defined() for s in _present(summands)):
+            return accumulate(step, state, count)  # what a loop cannot hold
 
         def body(i, sums, arrays, state):
             summands, outputs, state = once(i, state)
@@ -61,7 +62,7 @@ def looped(accumulate, compiled):
             lambda i, *_: i < count,
             body,
             (tf.constant(0), sums, arrays, state),
-            parallel_iterations=1,
+            parallel_iterations=2,  # small batches leave cores idle; more take more memory
             maximum_iterations=count,
         )
         steps = [

@@ -9,23 +9,24 @@ from typing import Any
 class SubBatchAverages:
     """What the sub-batches of a batch give together, each with its fraction b_i/B.
 
+    All but the first two are `None` where the main pass was not asked for.
+
     Attributes:
         value: The average of the regulariser, a scalar.
         gradient: The average of its gradient, a list like the weights.
         loss: The average of L(B_i, w), a scalar.
         loss_gradient: The average of g_i = grad L(B_i, w), a list like the weights.
         predictions: The predictions at w, one entry a sub-batch.
-        states: The state after the evaluation at w, one entry a sub-batch.
-        fractions: The fractions b_i/B.
+        state: The average of the states after the evaluations at w, `None` for what has not
+            changed; of what is passed on from sub-batch to sub-batch, what the first has left.
     """
 
     value: Any
     gradient: list
-    loss: Any
-    loss_gradient: list
-    predictions: tuple
-    states: tuple
-    fractions: list
+    loss: Any = None
+    loss_gradient: list | None = None
+    predictions: tuple | None = None
+    state: list | None = None
 
 
 def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
@@ -38,7 +39,8 @@ def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
 
     Args:
         evaluate: Function `(weights, state, batch) -> (loss, gradients, predictions, new_state)`;
-            a gradient is `None` where the loss does not depend on the weight.
+            a gradient is `None` where the loss does not depend on the weight, an array of the new
+            state where it has not changed.
         weights: List of arrays, w.
         state: List of arrays that both evaluations of a pair start from.
         sub_batches: Sequence of M pairs `(weight, batch)`, the weights M b_i/B.
@@ -88,7 +90,14 @@ def hessian_vector_products(evaluate, weights, state, sub_batches, alpha, **kwar
 
 
 def average(
-    terms, state, sub_batches, advance=None, multiply=operator.mul, add_up=None, choose=None
+    terms,
+    state,
+    sub_batches,
+    passed_on=(),
+    main_pass=True,
+    multiply=operator.mul,
+    add_up=None,
+    choose=None,
 ):
     """Average over the sub-batches of a batch.
 
@@ -97,8 +106,9 @@ def average(
             new_state)` of one sub-batch.
         state: List of arrays, the state that the first sub-batch starts from.
         sub_batches: Sequence of M pairs `(weight, batch)`, the weights M b_i/B.
-        advance: Function `(state, new_state) -> state` that gives the next sub-batch its state.
-            Defaults to the same state for all.
+        passed_on: Indices of the arrays of the state that each sub-batch takes from the one
+            before. All start from the same others.
+        main_pass: Boolean, whether more is asked for than the regulariser and its gradient.
         multiply: Function `(scalar, array) -> array`. Defaults to `scalar * array`.
         add_up: Function like `accumulate`. Defaults to that.
         choose: Function `(i, terms, state, batch) -> (value, ...)` that may do something else
@@ -109,28 +119,36 @@ def average(
     """
     count = len(sub_batches)
 
-    def weighted(i, state):
+    def weighted(i, passed):
         weight, batch = sub_batches[i]
-        found = choose(i, terms, state, batch) if choose else terms(state, batch)
+        current = _replaced(state, passed_on, passed)
+        found = choose(i, terms, current, batch) if choose else terms(current, batch)
         value, gradient, loss, loss_gradient, predictions, new_state = found
-        summands = [value, loss, *gradient, *loss_gradient]
+        left = [current[k] if new_state[k] is None else new_state[k] for k in passed_on]
+        summands, output = [value, *gradient], ()
+        if main_pass:
+            averaged = _replaced(new_state, passed_on, [None] * len(left))
+            summands += [loss, *loss_gradient, *averaged]
+            output = predictions, left
         if not (isinstance(weight, float) and weight == 1):  # else spare a pass over all weights
             summands = _scale(weight, summands, multiply)
-        next_state = state if advance is None else advance(state, new_state)
-        return summands, (predictions, new_state, weight), next_state
+        return summands, output, left
 
-    sums, outputs = (add_up or accumulate)(weighted, state, count)
-    value, loss, *gradients = _scale(1 / count, sums, multiply)
-    num_weights = len(gradients) // 2
-    predictions, states, weights = zip(*outputs)
+    first = [state[k] for k in passed_on]
+    sums, outputs = (add_up or accumulate)(weighted, first, count)
+    value, *averages = _scale(1 / count, sums, multiply)
+    if not main_pass:
+        return SubBatchAverages(value, averages)
+    num_weights = (len(averages) - 1 - len(state)) // 2
+    gradient, (loss, *rest) = averages[:num_weights], averages[num_weights:]
+    predictions, left = zip(*outputs)
     return SubBatchAverages(
         value=value,
-        gradient=gradients[:num_weights],
+        gradient=gradient,
         loss=loss,
-        loss_gradient=gradients[num_weights:],
+        loss_gradient=rest[:num_weights],
         predictions=predictions,
-        states=states,
-        fractions=[multiply(1 / count, weight) for weight in weights],
+        state=_replaced(rest[num_weights:], passed_on, left[0]),
     )
 
 
@@ -152,6 +170,13 @@ def accumulate(step, state, count):
         sums = summands if sums is None else _add(sums, summands)
         outputs.append(output)
     return sums, outputs
+
+
+def _replaced(arrays, indices, values):
+    arrays = list(arrays)
+    for k, value in zip(indices, values):
+        arrays[k] = value
+    return arrays
 
 
 def _scale(scalar, terms, multiply):

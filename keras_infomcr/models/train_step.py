@@ -60,11 +60,11 @@ def _main_pass_from(result, model, x, y, sample_weight):
         model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     loss = result.loss + ops.cast(penalty, result.loss.dtype)
     model._loss_tracker.update_state(loss, sample_weight=backend.batch_size(x))
-    of_metrics = {id(v) for v in model.metrics_variables}
-    for variable, values in zip(model.non_trainable_variables, zip(*result.states)):
-        if id(variable) not in of_metrics:
-            variable.assign(_merge(values, result.fractions))
-    backend.set_random_state(result.states[0][len(model.non_trainable_variables) :])
+    variables, of_metrics = model.non_trainable_variables, {id(v) for v in model.metrics_variables}
+    for variable, value in zip(variables, result.state):
+        if value is not None and id(variable) not in of_metrics:
+            variable.assign(value)
+    backend.set_random_state(result.state[len(variables) :])
     return y_pred, gradients
 
 
@@ -85,13 +85,6 @@ def _unit(optimizer):
     """Return what a gradient of 1 is to an optimizer that unscales, then sums over replicas."""
     one = optimizer.scale_loss(ops.ones(()))
     return ops.cast(one, backend.widest_float()) / backend.num_replicas()
-
-
-def _merge(values, fractions):
-    """Average batch-norm statistics over the slices; advance a seed once."""
-    if "float" not in keras.backend.standardize_dtype(values[0].dtype):
-        return values[0]
-    return sum(times(f, v) for f, v in zip(fractions, values))
 
 
 def _add(gradient, term, factor):

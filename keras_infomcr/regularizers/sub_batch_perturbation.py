@@ -101,11 +101,13 @@ class SubBatchPerturbation(Regularizer):
         self._seed_generator = num_perturbed and keras.random.SeedGenerator(0)
 
     def __call__(self, objective, batch):
-        """Return the `SubBatchAverages` of a batch."""
+        """Return the `SubBatchAverages` of a batch, with the main pass if they are to give it."""
         model = objective.model
         self.check_weights(model)  # built, perhaps, only now
         count = max(1, self.num_sub_batches // backend.num_replicas())
-        sub_batches, weights = objective.sub_batches(batch, count), objective.weights()
+        sub_batches = objective.sub_batches(batch, count)
+        weights, state = objective.weights(), objective.state()
+        main_pass = self.gives_main_gradient(model)
         gradients = backend.traced_once(_gradients_of(objective))
         average, evaluate = finite_differences, gradients
         if self.estimator == "hessian_vector_product":
@@ -115,15 +117,16 @@ class SubBatchPerturbation(Regularizer):
         choose = None
         if chosen < len(sub_batches):
             ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
-            rest = gradients if self.gives_main_gradient(model) else None
+            rest = gradients if main_pass else None
             choose = _chooser(ranks, chosen, weights, rest)
         result = average(
             evaluate,
             weights,
-            objective.state(),
+            state,
             sub_batches,
             self.alpha,
-            advance=objective.advance,
+            passed_on=objective.seeds(state),
+            main_pass=main_pass,
             multiply=times,
             add_up=backend.looped(accumulate, bool(model.jit_compile)),
             choose=choose,
@@ -206,12 +209,15 @@ def _chooser(ranks, count, weights, gradients):
     zeros = [keras.ops.zeros_like(w) for w in weights]
     zero = keras.ops.zeros((), backend.widest_float())
 
+    def changed(new_state, state):
+        return [old if new is None else new for new, old in zip(new_state, state)]
+
     def choose(i, terms, state, batch):
         def perturbed():
             value, gradient, *rest = terms(state, batch)
             value = keras.ops.cast(value, zero.dtype)
             gradient = [z if d is None else d for z, d in zip(zeros, gradient)]
-            return value, gradient, rest if gradients else rest[-1]
+            return value, gradient, rest if gradients else changed(rest[-1], state)
 
         def unperturbed():
             if not gradients:

@@ -429,7 +429,7 @@ def regularize(net, *estimators, alpha=ALPHA):
 
     def averages(*batch):
         results = [
-            SubBatchPerturbation(alpha, 1.0, len(SIZES), estimator=estimator)(
+            SubBatchPerturbation(alpha, 1.0, len(SIZES), "sub_batches", estimator=estimator)(
                 net.objective, Batch(*batch)
             )
             for estimator in estimators

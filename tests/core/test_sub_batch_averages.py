@@ -113,29 +113,57 @@ def test_each_sub_batch_is_evaluated_at_w_and_at_w_minus_alpha_g(quadratic, weig
 
 def test_weights_and_state_are_left_as_they_were(quadratic, weights):
     before, state = [w.copy() for w in weights], [np.array(7)]
-    finite_differences(quadratic, weights, state, SUB_BATCHES, ALPHA, advance=lambda old, new: new)
+    finite_differences(quadratic, weights, state, SUB_BATCHES, ALPHA, passed_on=[0])
     np.testing.assert_array_equal(np.concatenate(weights), np.concatenate(before))
     assert state == [7]
 
 
 def test_both_evaluations_of_a_pair_start_from_the_same_state(quadratic, weights):
-    advance = lambda old, new: [10 * old[0] + new[0]]  # noqa: E731
-    finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA, advance=advance)
-    # 10 * 1 + 2 = 12, then 10 * 12 + 13 = 133.
-    assert [state for _, state, _ in quadratic.calls] == [[1], [1], [12], [12], [133], [133]]
+    def evaluate(ws, state, batch):
+        loss, gradients, predictions, (counter,) = quadratic(ws, state[:1], batch)
+        return loss, gradients, predictions, [counter, 10.0 * counter + batch]
+
+    state = [1, 0.5]
+    result = finite_differences(evaluate, weights, state, SUB_BATCHES, ALPHA, passed_on=[0])
+    assert [state for _, state, _ in quadratic.calls] == [[1], [1], [2], [2], [3], [3]]
+    # What is passed on is in the end what the first sub-batch left, the rest is averaged.
+    counter, average = result.state
+    assert counter == 2
+    np.testing.assert_allclose(average, FRACTIONS @ np.array([20, 31, 42]), rtol=1e-13)
 
 
-def test_state_does_not_advance_by_default(quadratic, weights):
+def test_state_is_averaged_by_default(quadratic, weights):
     result = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA)
     assert [state for _, state, _ in quadratic.calls] == [[1]] * 6
-    assert result.states == ([2],) * 3
+    np.testing.assert_allclose(result.state, [2], rtol=1e-13)
+
+
+def test_state_that_does_not_change_is_none(quadratic, weights):
+    def evaluate(ws, state, batch):
+        loss, gradients, predictions, _ = quadratic(ws, state, batch)
+        return loss, gradients, predictions, [None, None]
+
+    result = finite_differences(evaluate, weights, [7, 0.5], SUB_BATCHES, ALPHA, passed_on=[0])
+    assert [state for _, state, _ in quadratic.calls] == [[7, 0.5]] * 6
+    assert result.state == [7, None]
+
+
+def test_main_pass_is_left_out_on_request(quadratic, weights):
+    expected = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA, passed_on=[0])
+    calls, quadratic.calls = quadratic.calls, []
+    result = finite_differences(
+        quadratic, weights, [1], SUB_BATCHES, ALPHA, passed_on=[0], main_pass=False
+    )
+    assert [state for _, state, _ in quadratic.calls] == [state for _, state, _ in calls]
+    assert result.value == expected.value
+    assert np.array_equal(np.concatenate(result.gradient), np.concatenate(expected.gradient))
+    assert [result.loss, result.loss_gradient, result.predictions, result.state] == [None] * 4
 
 
 def test_predictions_are_those_at_w(quadratic, weights):
     result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     expected = 10 * np.arange(3) + weights[0][0] - quadratic.centres[:, 0]
     np.testing.assert_allclose(result.predictions, expected, rtol=1e-14)
-    np.testing.assert_allclose(result.fractions, FRACTIONS, rtol=1e-15)
 
 
 def test_weight_without_gradient_stays_without(quadratic, weights):
@@ -200,7 +228,6 @@ def test_equal_sub_batches_are_averaged(quadratic, weights):
     equal = finite_differences(quadratic, weights, [], [(1.0, i) for i in range(3)], ALPHA)
     g = quadratic.gradients(weights)
     np.testing.assert_allclose(np.concatenate(equal.loss_gradient), g.mean(axis=0), rtol=1e-13)
-    np.testing.assert_allclose(equal.fractions, [1 / 3] * 3, rtol=1e-15)
 
 
 def test_sums_are_added_up_by_the_function_given(quadratic, weights):

@@ -556,6 +556,23 @@ def test_frozen_layers():
     check(build, fitting(), compiling(**EAGER), "auto")
 
 
+def test_frozen_layers_stay_as_they_are_to_the_bit(rng):
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    inputs = keras.Input((5,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(7)(inputs))
+    model = RegularizedModel(inputs, keras.layers.Dense(2)(x))
+    for layer in model.layers[1:3]:
+        layer.trainable = False
+    model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=3))
+    before = [rng.uniform(1, 2, v.shape) for v in model.non_trainable_variables]
+    for variable, value in zip(model.non_trainable_variables, before):
+        variable.assign(value)
+    model.fit(rng.normal(size=(20, 5)), rng.normal(size=(20, 2)), batch_size=10, verbose=0)
+    for variable, value in zip(model.non_trainable_variables, before):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value.astype("float32"))
+
+
 def test_all_layers_frozen():
     def build(base):
         model = normalized(base)
@@ -784,10 +801,12 @@ def test_state_advances_once_per_step():
     check(normalized, fitting(), compiling(metrics=["mae"]))
 
 
+@pytest.mark.parametrize("mode", [EAGER, {}], ids=["eager", "graph"])
+@pytest.mark.parametrize("num_perturbed", [None, 1])
 @pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
-def test_seeds_advance_once_per_step_whatever_the_main_gradient(main):
-    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main)
-    compile = compiling(**EAGER)
+def test_seeds_advance_once_per_step_whatever_the_main_gradient(main, num_perturbed, mode):
+    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main, num_perturbed)
+    compile = compiling(**mode)
     ours, _ = trained(RegularizedModel, normalized, fitting(), compile, regularizer=regularizer)
     plain, _ = trained(keras.Model, normalized, fitting(), compile)
     seeds = [
