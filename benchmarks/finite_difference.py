@@ -180,7 +180,7 @@ def plot(results, path):
     colors = dict(zip(POLICIES, STYLES))
     lines = {FINITE_DIFFERENCE: "-", PRODUCT: ":"}
     figure, axes = plt.subplots(
-        2, len(results), figsize=(9, 6), sharex=True, sharey="row", layout="constrained"
+        2, len(results), figsize=(9, 6.6), sharex=True, sharey="row", layout="constrained"
     )
     for column, (activation, of_network) in zip(axes.T, results.items()):
         for (name, estimator), values in of_network.items():
@@ -194,7 +194,7 @@ def plot(results, path):
         column[1].set(xlabel="alpha", yscale="log")
     axes[0, 0].set_ylabel("cosine with H g")
     axes[1, 0].set_ylabel("norm relative to H g")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
