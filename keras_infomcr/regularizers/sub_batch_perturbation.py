@@ -209,7 +209,7 @@ def _chooser(ranks, count, weights, gradients):
     zeros = [keras.ops.zeros_like(w) for w in weights]
     zero = keras.ops.zeros((), backend.widest_float())
 
-    def changed(new_state, state):
+    def completed(new_state, state):
         return [old if new is None else new for new, old in zip(new_state, state)]
 
     def choose(i, terms, state, batch):
@@ -217,7 +217,7 @@ def _chooser(ranks, count, weights, gradients):
             value, gradient, *rest = terms(state, batch)
             value = keras.ops.cast(value, zero.dtype)
             gradient = [z if d is None else d for z, d in zip(zeros, gradient)]
-            return value, gradient, rest if gradients else changed(rest[-1], state)
+            return value, gradient, rest if gradients else completed(rest[-1], state)
 
         def unperturbed():
             if not gradients:
