@@ -16,7 +16,6 @@ the backend.
 
 import argparse
 import itertools
-import json
 import logging
 import pathlib
 import statistics
@@ -26,7 +25,8 @@ import time
 import keras
 import matplotlib
 import numpy as np
-from machine import BACKEND, device, is_gpu, peak_memory, set_precision
+import report as reports
+from machine import BACKEND, peak_memory, set_precision
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -39,7 +39,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 from networks import NETWORKS  # noqa: E402
 
 ALPHA, BETA = 1e-4, 10.0
-MARKERS = "<!-- step_cost: begin -->", "<!-- step_cost: end -->"
 
 
 def mlp(num_classes=10):
@@ -205,15 +204,6 @@ def plot(report, path):
     figure.savefig(path, dpi=120)
 
 
-def write_docs(folder, path):
-    """Put the tables of all reports in a folder between the markers of a file."""
-    reports = [json.loads(p.read_text()) for p in sorted(folder.glob("step_cost*.json"))]
-    head, rest = path.read_text().split(MARKERS[0])
-    tail = rest.split(MARKERS[1])[1]
-    tables = "\n".join(map(table, reports))
-    path.write_text(f"{head}{MARKERS[0]}\n{tables}{MARKERS[1]}{tail}")
-
-
 def parse():
     """Return the settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -238,25 +228,19 @@ def main():
     """Measure, print and save."""
     settings = parse()
     if settings.docs:
-        write_docs(settings.output, settings.docs)
+        reports.write_docs(settings.output, "step_cost", table, settings.docs)
         return
     set_precision(settings.precision)
     logging.getLogger("tensorflow").setLevel("ERROR")  # which warns of one trace for each model
     jit = settings.jit or BACKEND == "jax"  # which has no other graphs
-    version = sys.modules[BACKEND].__version__
-    versions = [f"{BACKEND} {version}", f"Keras {keras.__version__}", device(), settings.precision]
-    report = {"versions": ", ".join(versions + ["compiled"] * settings.jit), "rows": []}
-    settings.output.mkdir(parents=True, exist_ok=True)
-    kind = [BACKEND, "gpu" if is_gpu() else "cpu", settings.precision] + ["jit"] * settings.jit
-    path = settings.output / f"step_cost_{'_'.join(kind)}.json"
-    if path.exists() and (found := json.loads(path.read_text()))["versions"] == report["versions"]:
-        report = found
+    precision_and_jit = [settings.precision] + ["jit"] * settings.jit
+    report, path = reports.load(settings.output, "step_cost", *precision_and_jit)
     cases = itertools.product(settings.networks, settings.batch_sizes, settings.num_sub_batches)
     for case in cases:
         rows = measure(*case, jit, settings.rounds)
         print(table(report | {"rows": rows}), flush=True)
         report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
-        path.write_text(json.dumps(report, indent=1))
+        reports.save(report, path)
         plot(report, path.with_suffix(".png"))
         keras.utils.clear_session()
 

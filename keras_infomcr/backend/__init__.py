@@ -12,6 +12,12 @@ float32 at least, wherever the framework lets this be asked for.
   `function(weights, context, *args) -> values` of shape `[n]` and the widest float type; `rows[k]`
   has shape `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of
   `args` alone. `compiled` asks for compilation, which torch has no use for.
+* `compiled(function)`: the function, compiled; itself on torch.
+* `devices(model)`: a list of the devices of this process that share the model's batches; `[None]`
+  unless there are several.
+* `on_device(device, function, *args)`: what the function returns of the arguments, computed there.
+* `is_traced(array)`: whether an array stands for numbers that are not known yet.
+* `float64_allowed()`: a context in which arrays of float64 can be made and used.
 * `traced_once(function)`: the function, traced once for all the places that call it, if the
   framework gains by it.
 * `looped(accumulate, compiled)`: a function like `core.sub_batch_averages.accumulate` that is
@@ -62,9 +68,13 @@ add = _module.add
 apply = _module.apply
 attach_state = _module.attach_state
 batch_size = _module.batch_size
+compiled = _module.compiled
 cond = _module.cond
+devices = _module.devices
+float64_allowed = _module.float64_allowed
 forward = _module.forward
 hessian_vector_product = _module.hessian_vector_product
+is_traced = _module.is_traced
 jacobian = _module.jacobian
 looped = _module.looped
 low_precision_products = _module.low_precision_products
@@ -73,6 +83,7 @@ making_train_function = _module.making_train_function
 marked_as_step = _module.marked_as_step
 modules_at_variables = _module.modules_at_variables
 num_replicas = _module.num_replicas
+on_device = _module.on_device
 passed_with_metrics = _module.passed_with_metrics
 random_state = _module.random_state
 set_random_state = _module.set_random_state

@@ -45,6 +45,37 @@ def hessian_vector_product(function):
     return product
 
 
+def compiled(function):
+    """Return the function, compiled by XLA."""
+    return jax.jit(function)
+
+
+def devices(model):
+    """Return the devices of this process in a `keras.distribution.DataParallel`."""
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.DataParallel):
+        return [None]
+    mesh = distribution.device_mesh.backend_mesh
+    return list(mesh.local_devices)
+
+
+def on_device(device, function, *args):
+    """Return what the function returns there."""
+    return function(*args if device is None else jax.device_put(args, device))
+
+
+def is_traced(array):
+    """Return whether the array stands for numbers that are not known yet."""
+    return isinstance(array, jax.core.Tracer)
+
+
+def float64_allowed():
+    """Return a context in which float64 is no longer float32."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return jax.experimental.enable_x64()  # where it was before
+
+
 def jacobian(function, coupled, compiled=True):
     """Return `f(weights, context, *args) -> (values, rows)`."""
     jit = jax.jit if compiled else lambda f: f

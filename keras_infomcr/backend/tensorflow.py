@@ -78,6 +78,36 @@ def _moments(x, axes, shift=None, keepdims=False, name=None):
     return tf.cast(mean, x.dtype), tf.cast(tf.math.reduce_variance(y, axes, keepdims), x.dtype)
 
 
+def compiled(function):
+    """Return a graph function."""
+    return tf.function(function, reduce_retracing=True, autograph=False)
+
+
+def devices(model):
+    """Return the devices of a `MirroredStrategy`."""
+    strategy = model.distribute_strategy
+    several = isinstance(strategy, tf.distribute.MirroredStrategy)
+    return list(strategy.extended.worker_devices) if several else [None]
+
+
+def on_device(device, function, *args):
+    """Return what the function returns there."""
+    if device is None:
+        return function(*args)
+    with tf.device(device):
+        return function(*tf.nest.map_structure(tf.identity, args))
+
+
+def is_traced(array):
+    """Return whether the array stands for numbers that are not known yet."""
+    return tf.is_symbolic_tensor(array)
+
+
+def float64_allowed():
+    """Do nothing: they always can."""
+    return contextlib.nullcontext()
+
+
 def jacobian(function, coupled, compiled=True):
     """Return `f(weights, context, *args) -> (values, rows)`."""
 

@@ -7,7 +7,8 @@ from typing import Any
 import keras
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.gamma_hat import GammaHatEstimator, check_settings
+from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 
 
 class GammaHatCallback(keras.callbacks.Callback):
@@ -23,8 +24,10 @@ class GammaHatCallback(keras.callbacks.Callback):
             `DataLoader` or another iterable of batches `(x, y)`: training data without
             augmentation. The same examples are measured in each epoch.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
-        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10; the paper has
-            100.
+        num_trials: Integer, at least 1, or `"auto"`. T, the trials averaged. Defaults to 10; the
+            paper has 100.
+        relative_tolerance: As for `keras_infomcr.flatness.gamma_hat`, which uses it with
+            `num_trials="auto"`. Defaults to 0.01.
         normalize_softmax: Boolean, whether to normalise the logits. Defaults to `False`.
         softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
@@ -33,7 +36,8 @@ class GammaHatCallback(keras.callbacks.Callback):
         training: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `False`.
         chunk_size: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
-        verbose: 0 or 1. With 1, a line is printed for each measurement. Defaults to 0.
+        verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
+            second, what part of an epoch's time it takes (the first compiles). Defaults to 0.
 
     Attributes:
         result: The last `keras_infomcr.flatness.GammaHat`, `None` before the first.
@@ -57,7 +61,8 @@ class GammaHatCallback(keras.callbacks.Callback):
         self,
         data: Any,
         num_examples: int = 100,
-        num_trials: int = 10,
+        num_trials: int | str = 10,
+        relative_tolerance: float = 0.01,
         normalize_softmax: bool = False,
         softmax_scale: float = 0.04,
         frequency: int = 1,
@@ -73,16 +78,16 @@ class GammaHatCallback(keras.callbacks.Callback):
         self.frequency = frequency
         self.verbose = verbose
         self.result = None
-        self._settings = {
-            "num_examples": num_examples,
-            "num_trials": num_trials,
-            "normalize_softmax": normalize_softmax,
-            "softmax_scale": softmax_scale,
-            "training": training,
-            "chunk_size": chunk_size,
-            "seed": seed,
-        }
-        check_settings(**self._settings)
+        self._settings = checked_settings(
+            num_examples=num_examples,
+            num_trials=num_trials,
+            relative_tolerance=relative_tolerance,
+            normalize_softmax=normalize_softmax,
+            softmax_scale=softmax_scale,
+            training=training,
+            chunk_size=chunk_size,
+            seed=seed,
+        )
 
     def on_train_begin(self, logs=None):
         x, y = self.data, None
@@ -90,7 +95,11 @@ class GammaHatCallback(keras.callbacks.Callback):
             x, y, _ = keras.utils.unpack_x_y_sample_weight(x)
         self._estimator = GammaHatEstimator(self.model, x, y, **self._settings)
         self._measured = self._prepared = False
+        self._num_measured = 0
         self._prepare()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch_start = time.perf_counter()
 
     def on_train_batch_begin(self, batch, logs=None):
         self._prepare()
@@ -118,11 +127,14 @@ class GammaHatCallback(keras.callbacks.Callback):
 
     def _measure(self, logs, when):
         start = time.perf_counter()
-        self.result = self._estimator.measure()
+        epoch_seconds = start - self._epoch_start
+        self.result = GammaHat.of(self._estimator.measure())
         logs["gamma_hat"] = self.result.value
         logs["gamma_hat_stderr"] = self.result.stderr
+        seconds = time.perf_counter() - start
+        self._num_measured += 1
         if self.verbose:
-            print(
-                f"{when}: gamma_hat {self.result.value:.2f} +- {self.result.stderr:.2f} "
-                f"({time.perf_counter() - start:.1f} s)"
-            )
+            estimate = f"{self.result.value:.2f} +- {self.result.stderr:.2f}"
+            print(f"{when}: gamma_hat {estimate} ({seconds:.1f} s)")
+            if self._num_measured == 2:
+                print(f"gamma_hat takes {100 * seconds / epoch_seconds:.1f} % of an epoch's time")

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
+from keras_infomcr.flatness.replaced import replaced
 from keras_infomcr.layers.logit_normalization import normalize_logits
 
 _ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
@@ -83,27 +84,13 @@ def predict_with_logits(model, predict, x):
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
             if getattr(layer, "activation", None) in _ACTIVATIONS:
-                stack.enter_context(_replaced(layer, "activation", noting(layer.activation)))
+                stack.enter_context(replaced(layer, "activation", noting(layer.activation)))
             elif isinstance(layer, keras.layers.Softmax):
-                stack.enter_context(_replaced(layer, "call", noting(layer.call)))
+                stack.enter_context(replaced(layer, "call", noting(layer.call)))
         outputs = predict(x)
     output = _only(outputs)
     known = [inputs for result, inputs in noted if result is output]
     return outputs, known[0] if known else getattr(output, "_keras_logits", None)
-
-
-@contextlib.contextmanager
-def _replaced(layer, name, value):
-    """Replace an attribute, past Keras's tracking, for a time."""
-    before = layer.__dict__.get(name)
-    object.__setattr__(layer, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            object.__delattr__(layer, name)
-        else:
-            object.__setattr__(layer, name, before)
 
 
 class CategoricalLogOdds:

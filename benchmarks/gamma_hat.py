@@ -1,0 +1,213 @@
+"""Time gamma-hat against plain forward and backward passes, side by side in one process.
+
+For each network and number N' of examples, one trial of gamma-hat is measured, beside the gradient
+of the mean loss of the same examples in the same mode and, on TensorFlow, a literal transcription
+of the paper's Eq. 5: the Jacobian of the losses in chunks of 10, and its singular values.
+
+    python benchmarks/gamma_hat.py --quick
+    python benchmarks/gamma_hat.py --networks wrn-28-2 --num-examples 100
+
+prints the table and adds it, as JSON and as a figure, to those in benchmarks/results/ that were
+measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
+JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
+the backend.
+"""
+
+import argparse
+import itertools
+import pathlib
+import statistics
+import sys
+import time
+
+import keras
+import matplotlib
+import numpy as np
+import report as reports
+from machine import BACKEND, peak_resident_memory, set_precision
+
+from keras_infomcr import backend
+from keras_infomcr.flatness.gamma_hat import GammaHat
+from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.objective import Objective
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from networks import NETWORKS  # noqa: E402
+from step_cost import mlp  # noqa: E402
+
+
+def make(name):
+    """Return a compiled model with initial weights, and random data for it."""
+    keras.utils.set_random_seed(0)
+    model = keras.Model(*(mlp if name == "mlp" else NETWORKS[name])())
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, *model.input_shape[1:])).astype("float32")
+    y = rng.integers(10, size=200).astype("int32")
+    return model, x, y
+
+
+def plain(model, x, y):
+    """Return a function that computes the gradient of the mean loss, in inference mode."""
+    objective = Objective(model)
+
+    def loss(weights, state, x, y):
+        with objective.at(weights, state, training=False) as (predict, _):
+            return model.loss(y, predict(x)), ()
+
+    gradient = backend.compiled(backend.value_and_grad(loss))
+
+    def run():
+        (value, _), _ = gradient(objective.weights(), objective.state(), x, y)
+        return float(keras.ops.convert_to_numpy(value))
+
+    return run
+
+
+def ours(model, x, y):
+    """Return a function that measures gamma-hat."""
+    estimator = GammaHatEstimator(
+        model, x, y, num_examples=len(x), num_trials=1, relative_tolerance=0.01,
+        normalize_softmax=False, softmax_scale=0.04, training=False, chunk_size=None, seed=0,
+    )  # fmt: skip
+    return lambda: GammaHat.of(estimator.measure()).value
+
+
+def literal(model, x, y):
+    """Return a function that computes the Jacobian of the losses and its singular values."""
+    import tensorflow as tf
+
+    @tf.function
+    def jacobian(x, y):
+        with tf.GradientTape() as tape:
+            losses = keras.ops.sparse_categorical_crossentropy(y, model(x), from_logits=True)
+        return tape.jacobian(losses, model.trainable_variables)
+
+    def run():
+        rows = []
+        for i in range(0, len(x), 10):
+            parts = jacobian(tf.constant(x[i : i + 10]), tf.constant(y[i : i + 10]))
+            rows.append(np.concatenate([p.numpy().reshape(len(p), -1) for p in parts], axis=1))
+        rows = np.concatenate(rows).astype("float64")
+        return 2 * np.sum(np.log(np.linalg.svd(rows, compute_uv=False)))
+
+    return run
+
+
+def measure(name, count, rounds):
+    """Return the rows of one network and N'."""
+    model, x, y = make(name)
+    x, y = x[:count], y[:count]
+    kinds = {"plain": plain, "gamma-hat": ours}
+    if BACKEND == "tensorflow":
+        kinds["literal"] = literal
+    functions = {label: make_function(model, x, y) for label, make_function in kinds.items()}
+    first = {}
+    for label, function in functions.items():
+        start = time.perf_counter()
+        function()
+        first[label] = time.perf_counter() - start
+    times = {label: [] for label in functions}
+    for _ in range(rounds):
+        for label, function in functions.items():
+            if label == "literal" and times[label]:
+                continue  # minutes, once is enough
+            start = time.perf_counter()
+            function()
+            times[label].append(time.perf_counter() - start)
+    ratios = {k: [t / p for t, p in zip(v, times["plain"])] for k, v in times.items()}
+    return [
+        {
+            "network": name,
+            "weights": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+            "examples": count,
+            "kind": label,
+            "seconds": statistics.median(times[label]),
+            "ratio": statistics.median(ratios[label]),
+            "first call": first[label],
+            "peak MiB": peak_resident_memory(function),
+            "value": function(),
+        }
+        for label, function in functions.items()
+    ]
+
+
+def key_of(row):
+    """Return what rows stand together for."""
+    return row["network"], row["examples"]
+
+
+def table(report):
+    """Return the rows of a report as a table in Markdown."""
+    lines = [
+        f"{report['versions']}:",
+        "",
+        "| network | weights | N' | | seconds | plain passes | first call, s | peak, MiB | value |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in sorted(report["rows"], key=key_of):
+        peak = "" if r["peak MiB"] is None else f"{r['peak MiB']:.0f}"
+        value = "" if r["kind"] == "plain" else f"{r['value']:.4f}"
+        lines.append(
+            f"| {r['network']} | {r['weights']} | {r['examples']} | {r['kind']} "
+            f"| {r['seconds']:.3f} | {r['ratio']:.2f} | {r['first call']:.1f} | {peak} | {value} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def plot(report, path):
+    """Save a picture of the seconds, a panel for each network."""
+    networks = sorted({r["network"] for r in report["rows"]})
+    figure, axes = plt.subplots(
+        1, len(networks), figsize=(3.2 * len(networks), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, network in zip(axes.flat, networks):
+        rows = [r for r in sorted(report["rows"], key=key_of) if r["network"] == network]
+        for kind in dict.fromkeys(r["kind"] for r in rows):
+            points = [(r["examples"], r["seconds"]) for r in rows if r["kind"] == kind]
+            axis.plot(*zip(*points), "o-", label=kind)
+        axis.set(title=network, xlabel="examples N'", ylabel="seconds", yscale="log")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def parse():
+    """Return the settings from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    networks = ["mlp", "resnet-20", "wrn-28-2", "densenet-bc-100-12"]
+    add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
+    add("--num-examples", type=int, nargs="+", default=[50, 100, 200])
+    add("--rounds", type=int, default=5)
+    add("--quick", action="store_true", help="the perceptron with 50 examples alone")
+    add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.networks, settings.num_examples, settings.rounds = ["mlp"], [50], 2
+    return settings
+
+
+def main():
+    """Measure, print and save."""
+    settings = parse()
+    if settings.docs:
+        reports.write_docs(settings.output, "gamma_hat", table, settings.docs)
+        return
+    set_precision("float32")
+    report, path = reports.load(settings.output, "gamma_hat")
+    for case in itertools.product(settings.networks, settings.num_examples):
+        rows = measure(*case, settings.rounds)
+        print(table(report | {"rows": rows}), flush=True)
+        report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
+        reports.save(report, path)
+        plot(report, path.with_suffix(".png"))
+        keras.utils.clear_session()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Gamma-hat of a model, measured again and again on the same examples."""
+
+import concurrent.futures
+import math
+import warnings
+
+import keras
+import numpy as np
+
+from keras_infomcr import backend
+from keras_infomcr.core.log_determinant import log_determinant
+from keras_infomcr.flatness.example_values import (
+    ExampleLoss,
+    example_values,
+    predict_with_logits,
+)
+from keras_infomcr.flatness.examples import read_examples
+from keras_infomcr.flatness.layer_grams import Taps
+from keras_infomcr.flatness.trial_grams import TrialGrams
+from keras_infomcr.objective import Objective
+
+# With `num_trials="auto"`.
+_FEWEST_TRIALS, _MOST_TRIALS = 5, 100
+
+
+class GammaHatEstimator:
+    """Measures gamma-hat of a model as it trains, compiled once.
+
+    Args:
+        model: A `keras.Model`.
+        x: As for `gamma_hat`.
+        y: As for `gamma_hat`.
+        **settings: The other arguments of `gamma_hat`, none left out.
+    """
+
+    def __init__(self, model, x, y, **settings):
+        _check_model(model)
+        self.model = model
+        self._settings = settings
+        self._draw_trials(x, y)
+        self._grams = None
+        self._warned = False
+
+    def _draw_trials(self, x, y):
+        num_examples, count = self._settings["num_examples"], self._settings["num_trials"]
+        count = _MOST_TRIALS if count == "auto" else count
+        self._x, self._y = read_examples(x, y, limit=num_examples * count)
+        size = len(keras.tree.flatten(self._x)[0])
+        if size < num_examples:
+            raise ValueError(
+                "`num_examples` must not exceed the number of examples in the data. "
+                f"Received: num_examples={num_examples}, {size} examples"
+            )
+        generator = np.random.default_rng(self._settings["seed"])
+        per_pass = size // num_examples
+        passes = [generator.permutation(size) for _ in range(-(-count // per_pass))]
+        trials = [
+            order[i * num_examples : (i + 1) * num_examples]
+            for order in passes
+            for i in range(per_pass)
+        ]
+        self._trials = trials[:count]
+
+    def measure(self):
+        """Measure the model as it is now.
+
+        Returns:
+            Array `[T, 2]`: of each trial, the part of the log-losses and ln|G|.
+        """
+        if self._grams is None:
+            self.prepare()
+        parts = []
+        for log_loss, grams in self._measured():
+            gram, num_weights = grams.sum(axis=0), sum(self.num_weights)
+            geometry, cause = log_determinant(gram, self._grams.epsilon, num_weights)
+            if cause and not self._warned:
+                self._warned = True
+                warnings.warn(f"gamma_hat is not finite: {cause}.", stacklevel=3)
+            parts.append((log_loss, geometry))
+            if self._settings["num_trials"] == "auto" and self._enough(np.sum(parts, axis=1)):
+                break
+        return np.array(parts)
+
+    def measure_layers(self):
+        """Measure its layers as they are now.
+
+        Returns:
+            Array `[T, L]`: ln|xi| of each trial and each of `layers`.
+        """
+        if self._grams is None:
+            self.prepare()
+        return np.array(
+            [
+                [
+                    log_loss + log_determinant(gram, self._grams.epsilon, count)[0]
+                    for gram, count in zip(grams, self.num_weights)
+                ]
+                for log_loss, grams in self._measured()
+            ]
+        )
+
+    @property
+    def layers(self):
+        """The paths of the layers that have trainable weights."""
+        return self._grams.layers
+
+    @property
+    def num_weights(self):
+        """The numbers of their trainable weights."""
+        return self._grams.num_weights
+
+    def _measured(self):
+        """Yield the part of the log-losses and the Gram matrices of each trial."""
+        objective = Objective(self.model)
+        context = objective.weights(), objective.state()
+
+        def measured(rows, device):
+            data = keras.tree.map_structure(lambda a: a[rows], (self._x, self._labels))
+            values, grams = self._grams(context, data, device)
+            return float(np.sum(self._values.log_loss_factors(values))), grams
+
+        devices = backend.devices(self.model)
+        if len(devices) == 1:
+            for rows in self._trials:
+                yield measured(rows, devices[0])
+            return
+        with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+            for start in range(0, len(self._trials), len(devices)):
+                yield from pool.map(measured, self._trials[start:], devices)
+
+    def _enough(self, trials):
+        if not np.all(np.isfinite(trials)):
+            return True
+        tolerance = self._settings["relative_tolerance"] * abs(np.mean(trials))
+        return len(trials) >= _FEWEST_TRIALS and standard_error(trials) <= tolerance
+
+    def prepare(self):
+        """Check that the model is built, and the labels against its loss and outputs."""
+        if not self.model.built:
+            raise ValueError(
+                f"The model must be built. Received: model={self.model!r}. Call it on data first."
+            )
+        if not self.model.trainable_variables:
+            raise ValueError(
+                f"The model must have trainable weights. Received: model={self.model!r} without."
+            )
+        settings = self._settings
+        taps = Taps(self.model)
+        outputs, logits = self._predict(taps, 1)
+        normalization = settings["normalize_softmax"], settings["softmax_scale"]
+        self._values = example_values(self.model, outputs, logits, *normalization)
+        other_loss = isinstance(self._values, ExampleLoss)
+        if settings["training"] and other_loss:
+            raise ValueError(
+                "`training` must be `False` unless the loss is a cross-entropy of one output. "
+                f"Received: training=True and loss={self.model.loss!r}"
+            )
+        self._labels = self._values.labels(self._y, outputs)
+        chunk_size = settings["chunk_size"] or settings["num_examples"]
+        one_by_one = (
+            settings["training"]
+            or other_loss
+            or chunk_size < settings["num_examples"]
+            or self.model.run_eagerly
+        )
+        if one_by_one or self._coupled(taps, outputs, logits):
+            taps.layers = []
+        self._grams = TrialGrams(self.model, self._values, taps, settings["training"], chunk_size)
+
+    def _predict(self, taps, count):
+        """Return outputs and logits of the first examples, seen by the taps."""
+        objective = Objective(self.model)
+        x = keras.tree.map_structure(lambda a: a[:count], self._x)
+        with objective.at(objective.weights(), objective.state(), False) as (predict, scope):
+            with taps.noting(scope, count):
+                return predict_with_logits(self.model, predict, x)
+
+    def _coupled(self, taps, *of_first):
+        """Return whether an example's value depends on the one beside it, as with batch norm."""
+        if len(keras.tree.flatten(self._x)[0]) == 1:
+            return False
+        alone, beside = (
+            keras.ops.convert_to_numpy(self._values_of(count, *of_examples))[0]
+            for count, of_examples in ((1, of_first), (2, self._predict(taps, 2)))
+        )
+        # Rounding is a thousand times smaller, what couples examples changes them at large.
+        return not np.isclose(alone, beside, rtol=1e-3, atol=1e-3)
+
+    def _values_of(self, count, outputs, logits):
+        x, y = keras.tree.map_structure(
+            lambda a: keras.ops.convert_to_tensor(a[:count]), (self._x, self._labels)
+        )
+        return self._values(x, y, outputs, logits)
+
+
+def standard_error(trials):
+    """Return the standard error of the mean, NaN unless there are two finite numbers or more."""
+    if len(trials) < 2 or not np.all(np.isfinite(trials)):
+        return math.nan
+    return float(np.std(trials, ddof=1)) / math.sqrt(len(trials))
+
+
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r} (of type {type(model)})"
+        )
+    if not model.compiled or model.loss is None:
+        raise ValueError(
+            "The model must be compiled with a loss. "
+            f"Received: model={model!r}, loss={model.loss!r}. Call `model.compile(loss=...)`."
+        )

@@ -1,0 +1,47 @@
+"""Pictures of what the measures return. They need matplotlib."""
+
+from typing import Any
+
+import numpy as np
+
+from keras_infomcr.flatness.gamma_hat_by_layer import GammaHatByLayer
+
+
+def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
+    """Draw gamma-hat of each layer as a bar with its standard error.
+
+    Layers whose value is not finite have no bar, and say so.
+
+    Args:
+        result: What `gamma_hat_by_layer` returned.
+        axes: `matplotlib.axes.Axes`, or `None` for new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if axes is None:
+        axes = _new_axes(height=0.8 + 0.22 * len(result.layers))
+    finite = np.isfinite(result.values)
+    positions = np.arange(len(result.layers))
+    errors = np.nan_to_num(result.stderrs[finite])
+    axes.barh(positions[finite], result.values[finite], xerr=errors)
+    for position in positions[~finite]:
+        axes.text(0.01, position, "fewer weights than examples", va="center", fontsize="x-small",
+                  transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_yticks(positions, result.layers, fontsize="x-small")
+    axes.set_ylim(len(positions) - 0.5, -0.5)
+    axes.set_xlabel("gamma-hat of the layer")
+    return axes
+
+
+def _new_axes(height):
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "`keras_infomcr.flatness.plot` needs matplotlib. Run `pip install matplotlib`."
+        ) from error
+    return pyplot.subplots(figsize=(6, height), layout="constrained")[1]

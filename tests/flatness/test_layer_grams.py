@@ -1,0 +1,249 @@
+"""The Gram matrices of tapped layers against Jacobians, and what is not tapped."""
+
+import keras
+import numpy as np
+import pytest
+from frameworks import BACKEND, jacobian, numpy, only_on
+from keras import layers, ops
+from test_gamma_hat import NUM_CLASSES, compiled, ln_xi, measure, sequential
+
+from keras_infomcr import backend
+from keras_infomcr.flatness import gamma_hat_by_layer, layer_grams
+
+
+@pytest.fixture
+def data(rng):
+    return rng.normal(size=(4, 60)), rng.integers(0, NUM_CLASSES, 4)
+
+
+@pytest.fixture
+def no_rows(monkeypatch):
+    """Let a measurement fail that forms the gradients of single examples."""
+
+    def jacobian(*args, **kwargs):
+        raise AssertionError("rows are formed")
+
+    monkeypatch.setattr(backend, "jacobian", jacobian)
+
+
+def log_odds(model, x, y):
+    """Return m_i of each example, evaluated alone."""
+    outputs = ops.concatenate([model(x[i : i + 1]) for i in range(len(x))])
+    true = ops.cast(ops.one_hot(y, NUM_CLASSES), outputs.dtype)
+    others = ops.where(true > 0, -np.inf, outputs)
+    return ops.sum(true * outputs, axis=-1) - ops.logsumexp(others, axis=-1)
+
+
+def expected_by_layer(model, x, y):
+    """Return ln|xi| of the weights of each layer."""
+    weights = model.trainable_variables
+    owners = [v.path.rpartition("/")[0] for v in weights]
+    m = numpy(log_odds(model, x, y))
+    rows = {
+        owner: jacobian(
+            lambda: log_odds(model, x, y), [v for v, o in zip(weights, owners) if o == owner]
+        )
+        for owner in dict.fromkeys(owners)
+    }
+    log_loss = -2 * np.sum(np.logaddexp(0, m))
+    return [-np.inf if rows[k].shape[1] < len(x) else log_loss + ln_xi(rows[k]) for k in rows]
+
+
+CHANNELS_FIRST = {"data_format": "channels_first"}
+STACKS = {
+    "dense of one position": lambda: [layers.Dense(8, "tanh")],
+    "dense of three positions": lambda: [layers.Reshape((3, 20)), layers.Dense(7)],
+    "dense of many positions": lambda: [layers.Reshape((20, 3)), layers.Dense(7, use_bias=False)],
+    "dense on images": lambda: [layers.Reshape((2, 10, 3)), layers.Dense(7, "gelu")],
+    "conv1d": lambda: [layers.Reshape((20, 3)), layers.Conv1D(5, 4, 3, padding="same")],
+    "causal": lambda: [
+        layers.Reshape((20, 3)),
+        layers.Conv1D(5, 3, padding="causal", dilation_rate=2),
+    ],
+    "valid": lambda: [layers.Reshape((5, 4, 3)), layers.Conv2D(6, (3, 2), (2, 1))],
+    "same": lambda: [layers.Reshape((5, 4, 3)), layers.Conv2D(6, 3, 2, padding="same")],
+    "even": lambda: [layers.Reshape((4, 5, 3)), layers.Conv2D(6, (2, 4), padding="same")],
+    "dilated": lambda: [
+        layers.Reshape((5, 4, 3)),
+        layers.Conv2D(6, 3, padding="same", dilation_rate=(2, 1), use_bias=False),
+    ],
+    "of few positions": lambda: [layers.Reshape((2, 1, 30)), layers.Conv2D(20, 2, padding="same")],
+    "conv3d": lambda: [layers.Reshape((3, 2, 5, 2)), layers.Conv3D(3, 2, padding="same")],
+    "batch norm": lambda: [layers.Reshape((5, 12)), layers.BatchNormalization()],
+    "batch norm of axis 1": lambda: [layers.Reshape((5, 12)), layers.BatchNormalization(axis=1)],
+    "batch norm of parts": lambda: [
+        layers.Reshape((5, 12)),
+        layers.BatchNormalization(scale=False),
+        layers.BatchNormalization(center=False),
+    ],
+}
+
+
+def made(stack):
+    model = sequential(*stack, layers.Activation("tanh"), layers.Flatten(),
+                       layers.Dense(NUM_CLASSES), inputs=(60,))  # fmt: skip
+    rng = np.random.default_rng(1)
+    for v in model.variables:  # moving variances too must be positive
+        if v.path.split("/")[-1] != "seed_generator_state":
+            v.assign(rng.uniform(0.2, 1.0, v.shape) * (0.3 if "kernel" in v.path else 1.0))
+    return model
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_layers_against_jacobians(float64, data, no_rows, name):
+    model = made(STACKS[name]())
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+@only_on("jax", "torch", reason="TensorFlow has no convolutions of channels first on CPUs")
+def test_channels_first(float64, data, no_rows):
+    conv = layers.Conv2D(6, 3, 2, padding="same", data_format="channels_first")
+    model = made([layers.Reshape((3, 5, 4)), conv])
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+def test_kernels_in_parts(float64, data, no_rows, monkeypatch):
+    monkeypatch.setattr(layer_grams, "_ROW_BYTES", 1)  # an input feature at a time
+    model = made(STACKS["same"]())
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["kernel", "bias"])
+def test_a_frozen_weight_of_a_layer_does_not_count(float64, data, no_rows, frozen):
+    model = made(STACKS["valid"]())
+    getattr(model.layers[1], frozen).trainable = False
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+def test_follows_weights_and_statistics(float64, data, no_rows):
+    """A second model's numbers in the same compiled pass."""
+    from keras_infomcr.flatness.gamma_hat import checked_settings
+    from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+
+    model = made(STACKS["batch norm"]())
+    estimator = GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    before = estimator.measure_layers()[0]
+    for v in model.variables:
+        v.assign(v * 1.5)
+    after = estimator.measure_layers()[0]
+    assert np.all(before != after)
+    np.testing.assert_allclose(after, expected_by_layer(model, *data), rtol=1e-9)
+
+
+# ---------------------------------------------------------------- what is not tapped
+
+
+class Tied(keras.Model):
+    """A kernel that is read outside its layer as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(8, "tanh"), layers.Dense(NUM_CLASSES)
+
+    def call(self, inputs):
+        hidden = self.first(inputs)
+        return self.last(self.first.bias + hidden @ ops.transpose(self.first.kernel)[:, :8])
+
+
+class OwnStatistics(keras.Model):
+    """Batch normalisation in training mode at all times: examples see each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(8, "tanh"), layers.Dense(NUM_CLASSES)
+        self.norm = layers.BatchNormalization()
+
+    def call(self, inputs):
+        inputs = ops.reshape(inputs, (-1, 12, 5))
+        hidden = self.norm(self.first(inputs), training=True)
+        return self.last(ops.mean(hidden, axis=1))
+
+
+class Transposed(keras.Model):
+    """A layer whose first axis is not that of the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(8, "tanh"), layers.Dense(NUM_CLASSES)
+
+    def call(self, inputs):
+        steps = ops.transpose(ops.reshape(inputs, (-1, 4, 15)), (1, 0, 2))
+        return self.last(ops.mean(self.first(steps), axis=0))
+
+
+class Looped(keras.Model):
+    """A layer within a loop of the framework."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(6, "tanh"), layers.Dense(NUM_CLASSES)
+        self.first.build((None, 6))
+
+    def call(self, inputs):
+        _, hidden = ops.while_loop(
+            lambda i, h: i < 2, lambda i, h: (i + 1, self.first(h)), (0, inputs[:, :6])
+        )
+        return self.last(hidden)
+
+
+class Scanned(keras.Model):
+    """A layer within a loop that some frameworks trace once for all its turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(6, "tanh"), layers.Dense(NUM_CLASSES)
+        self.first.build((None, 6))
+
+    def call(self, inputs):
+        steps = ops.transpose(ops.reshape(inputs, (-1, 10, 6)), (1, 0, 2))
+        hidden, _ = ops.scan(lambda h, x: (self.first(h + x), 0 * x), inputs[:, :6], steps)
+        return self.last(hidden)
+
+
+class Shared(keras.Model):
+    """A layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(6, "tanh"), layers.Dense(NUM_CLASSES)
+
+    def call(self, inputs):
+        return self.last(self.first(inputs[:, :6]) * self.first(inputs[:, 6:12]))
+
+
+@pytest.mark.parametrize("make", [Tied, OwnStatistics, Transposed, Looped, Scanned, Shared])
+def test_other_uses_of_layers_against_jacobians(float64, data, make):
+    model = make()
+    model(data[0][:2])
+    compiled(model)
+    if make is Looped and BACKEND == "jax":
+        pytest.skip("JAX has no derivative of a loop of unknown length")
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+class Doubled(layers.Dense):
+    """A layer with a computation of its own under a known one's name."""
+
+    def call(self, inputs):
+        return super().call(2 * inputs)
+
+
+def test_subclasses_of_known_layers(float64, data):
+    model = made([Doubled(8)])
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+def test_known_and_other_layers_together(float64, data):
+    model = made([layers.Reshape((12, 5)), layers.LayerNormalization(), layers.Dense(3)])
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+    value = measure(model, *data).value
+    every = ln_xi(jacobian(lambda: log_odds(model, *data), model.trainable_variables))
+    m = numpy(log_odds(model, *data))
+    assert value == pytest.approx(every - 2 * np.sum(np.logaddexp(0, m)), rel=1e-9)

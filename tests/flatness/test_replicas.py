@@ -1,0 +1,87 @@
+"""Trials of gamma-hat on several devices."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+from frameworks import only_on
+from keras import layers
+
+from keras_infomcr import GammaHatCallback, backend
+from keras_infomcr.flatness import gamma_hat
+
+
+def network():
+    """Return a compiled model, half of whose layers are tapped."""
+    stack = [layers.Reshape((4, 4, 4)), layers.Conv2D(6, 3), layers.BatchNormalization()]
+    stack += [layers.LayerNormalization(), layers.Flatten(), layers.Dense(10)]
+    model = keras.Sequential([keras.Input((64,)), *stack])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+SETTINGS = {"num_examples": 20, "num_trials": 5, "seed": 0}
+
+
+def test_mirrored_strategy_gives_the_same_trials(mirrored, digits):
+    with mirrored.scope():
+        model = network()
+    assert len(backend.devices(model)) == 2
+    callback = GammaHatCallback(digits, **SETTINGS)
+    model.fit(*digits, batch_size=300, epochs=2, callbacks=[callback], verbose=0)
+    single = network()
+    single.set_weights(model.get_weights())
+    expected = gamma_hat(single, *digits, **SETTINGS)
+    np.testing.assert_allclose(gamma_hat(model, *digits, **SETTINGS).trials, expected.trials, 1e-9)
+    np.testing.assert_allclose(callback.result.trials, expected.trials, 1e-9)
+
+
+def test_mirrored_strategy_stops_at_the_same_trial(mirrored, digits):
+    with mirrored.scope():
+        model = network()
+    single = network()
+    single.set_weights(model.get_weights())
+    settings = SETTINGS | {"num_trials": "auto", "relative_tolerance": 0.02}
+    result, expected = (gamma_hat(m, *digits, **settings) for m in (model, single))
+    assert len(expected.trials) < 100
+    np.testing.assert_allclose(result.trials, expected.trials, 1e-9)
+
+
+@only_on("jax", reason="`keras.distribution` is JAX's")
+def test_data_parallelism_gives_the_same_trials():
+    """In a process of its own, whose devices are made when JAX starts."""
+    program = """
+        import keras
+        import numpy as np
+        from sklearn.datasets import load_digits
+        from test_replicas import SETTINGS, network
+        from keras_infomcr import backend
+        from keras_infomcr.flatness import gamma_hat
+
+        x, y = load_digits(return_X_y=True)
+        x, y = (x / 16).astype("float32"), y.astype("int32")
+        single = network()
+        expected = gamma_hat(single, x, y, **SETTINGS)
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+        model = network()
+        model.set_weights(single.get_weights())
+        assert len(backend.devices(model)) == 2
+        result = gamma_hat(model, x, y, **SETTINGS)
+        np.testing.assert_allclose(result.trials, expected.trials, 1e-9)
+        model.fit(x, y, batch_size=300, verbose=0)
+        gamma_hat(model, x, y, **SETTINGS)
+    """
+    paths = [os.path.dirname(__file__), *sys.path]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    subprocess.run(command, env=environment, check=True)
+
+
+def test_one_device_has_no_name():
+    assert backend.devices(network()) == [None]
