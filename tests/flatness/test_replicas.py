@@ -58,7 +58,7 @@ def test_data_parallelism_gives_the_same_trials():
         import numpy as np
         from sklearn.datasets import load_digits
         from test_replicas import SETTINGS, network
-        from keras_infomcr import backend
+        from keras_infomcr import GammaHatCallback, backend
         from keras_infomcr.flatness import gamma_hat
 
         x, y = load_digits(return_X_y=True)
@@ -71,8 +71,12 @@ def test_data_parallelism_gives_the_same_trials():
         assert len(backend.devices(model)) == 2
         result = gamma_hat(model, x, y, **SETTINGS)
         np.testing.assert_allclose(result.trials, expected.trials, 1e-9)
-        model.fit(x, y, batch_size=300, verbose=0)
-        gamma_hat(model, x, y, **SETTINGS)
+        callback = GammaHatCallback((x, y), **SETTINGS)
+        model.fit(x[:1500], y[:1500], batch_size=300, callbacks=[callback], verbose=0)
+        single.set_weights(model.get_weights())
+        np.testing.assert_allclose(
+            callback.result.trials, gamma_hat(single, x, y, **SETTINGS).trials, 1e-9
+        )
     """
     paths = [os.path.dirname(__file__), *sys.path]
     environment = os.environ | {
