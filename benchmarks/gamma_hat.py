@@ -10,7 +10,7 @@ of the paper's Eq. 5: the Jacobian of the losses in chunks of 10, and its singul
 prints the table and adds it, as JSON and as a figure, to those in benchmarks/results/ that were
 measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
 JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
-the backend.
+the backend. On TensorFlow, `--replicas 2` compares trials on two logical CPU devices with one.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import keras
 import matplotlib
 import numpy as np
 import report as reports
-from machine import BACKEND, peak_resident_memory, set_precision
+from machine import BACKEND, peak_memory, set_precision
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.gamma_hat import GammaHat
+from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.objective import Objective
 
@@ -70,42 +70,39 @@ def plain(model, x, y):
 
 def ours(model, x, y):
     """Return a function that measures gamma-hat."""
-    estimator = GammaHatEstimator(
-        model, x, y, num_examples=len(x), num_trials=1, relative_tolerance=0.01,
-        normalize_softmax=False, softmax_scale=0.04, training=False, chunk_size=None, seed=0,
-    )  # fmt: skip
+    settings = checked_settings(num_examples=len(x), num_trials=1, seed=0)
+    estimator = GammaHatEstimator(model, x, y, **settings)
     return lambda: GammaHat.of(estimator.measure()).value
 
 
-def literal(model, x, y):
-    """Return a function that computes the Jacobian of the losses and its singular values."""
-    import tensorflow as tf
+class Literal:
+    """Computes the Jacobian of the losses, in chunks of 10, and its singular values."""
 
-    @tf.function
-    def jacobian(x, y):
-        with tf.GradientTape() as tape:
-            losses = keras.ops.sparse_categorical_crossentropy(y, model(x), from_logits=True)
-        return tape.jacobian(losses, model.trainable_variables)
+    def __init__(self, model):
+        import tensorflow as tf
 
-    def run():
+        @tf.function
+        def jacobian(x, y):
+            with tf.GradientTape() as tape:
+                losses = keras.ops.sparse_categorical_crossentropy(y, model(x), from_logits=True)
+            return tape.jacobian(losses, model.trainable_variables)
+
+        self.jacobian = jacobian
+
+    def __call__(self, x, y):
         rows = []
         for i in range(0, len(x), 10):
-            parts = jacobian(tf.constant(x[i : i + 10]), tf.constant(y[i : i + 10]))
+            parts = self.jacobian(*map(keras.ops.convert_to_tensor, (x[i : i + 10], y[i : i + 10])))
             rows.append(np.concatenate([p.numpy().reshape(len(p), -1) for p in parts], axis=1))
         rows = np.concatenate(rows).astype("float64")
         return 2 * np.sum(np.log(np.linalg.svd(rows, compute_uv=False)))
 
-    return run
 
-
-def measure(name, count, rounds):
+def measure(name, count, rounds, with_literal):
     """Return the rows of one network and N'."""
     model, x, y = make(name)
     x, y = x[:count], y[:count]
-    kinds = {"plain": plain, "gamma-hat": ours}
-    if BACKEND == "tensorflow":
-        kinds["literal"] = literal
-    functions = {label: make_function(model, x, y) for label, make_function in kinds.items()}
+    functions = {"plain": plain(model, x, y), "gamma-hat": ours(model, x, y)}
     first = {}
     for label, function in functions.items():
         start = time.perf_counter()
@@ -114,26 +111,70 @@ def measure(name, count, rounds):
     times = {label: [] for label in functions}
     for _ in range(rounds):
         for label, function in functions.items():
-            if label == "literal" and times[label]:
-                continue  # minutes, once is enough
             start = time.perf_counter()
-            function()
+            value = function()
             times[label].append(time.perf_counter() - start)
-    ratios = {k: [t / p for t, p in zip(v, times["plain"])] for k, v in times.items()}
+    ratios = [t / p for t, p in zip(times["gamma-hat"], times["plain"])]
+    seconds = {k: statistics.median(v) for k, v in times.items()}
+    figures = {
+        "plain": (1.0, None),
+        "gamma-hat": (statistics.median(ratios), value),
+    }
+    if with_literal:
+        literal = Literal(model)
+        functions["literal"] = lambda: literal(x, y)
+        start = time.perf_counter()
+        literal(x[:10], y[:10])
+        first["literal"] = time.perf_counter() - start
+        start = time.perf_counter()
+        value = literal(x, y)
+        seconds["literal"] = time.perf_counter() - start
+        figures["literal"] = seconds["literal"] / seconds["plain"], value
     return [
         {
             "network": name,
             "weights": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
             "examples": count,
             "kind": label,
-            "seconds": statistics.median(times[label]),
-            "ratio": statistics.median(ratios[label]),
+            "seconds": seconds[label],
+            "ratio": figures[label][0],
             "first call": first[label],
-            "peak MiB": peak_resident_memory(function),
-            "value": function(),
+            "peak MiB": peak_memory(function),
+            "value": figures[label][1],
         }
         for label, function in functions.items()
     ]
+
+
+def compare_replicas(name, count, num_devices, rounds):
+    """Print what trials on several logical CPU devices take, relative to one after the other."""
+    import tensorflow as tf
+
+    devices = [tf.config.LogicalDeviceConfiguration()] * num_devices
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_devices)])
+    with strategy.scope():
+        spread, x, y = make(name)
+    single, _, _ = make(name)
+    settings = {"num_examples": count, "num_trials": 2 * num_devices, "seed": 0}
+    estimators = [
+        GammaHatEstimator(m, x, y, **checked_settings(**settings)) for m in (single, spread)
+    ]
+    values = [e.measure().sum(axis=1) for e in estimators]
+    ratios = []
+    for _ in range(rounds):
+        times = []
+        for estimator in estimators:
+            start = time.perf_counter()
+            estimator.measure()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[1] / times[0])
+    difference = np.max(np.abs(values[1] / values[0] - 1))
+    print(
+        f"{name}, N' = {count}: {2 * num_devices} trials on {num_devices} logical CPU devices take "
+        f"{statistics.median(ratios):.2f} times what they take on one; "
+        f"largest relative difference of a trial {difference:.1e}"
+    )
 
 
 def key_of(row):
@@ -151,7 +192,7 @@ def table(report):
     ]
     for r in sorted(report["rows"], key=key_of):
         peak = "" if r["peak MiB"] is None else f"{r['peak MiB']:.0f}"
-        value = "" if r["kind"] == "plain" else f"{r['value']:.4f}"
+        value = "" if r["value"] is None else f"{r['value']:.4f}"
         lines.append(
             f"| {r['network']} | {r['weights']} | {r['examples']} | {r['kind']} "
             f"| {r['seconds']:.3f} | {r['ratio']:.2f} | {r['first call']:.1f} | {peak} | {value} |"
@@ -182,8 +223,10 @@ def parse():
     networks = ["mlp", "resnet-20", "wrn-28-2", "densenet-bc-100-12"]
     add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
     add("--num-examples", type=int, nargs="+", default=[50, 100, 200])
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=7)
+    add("--no-literal", action="store_true", help="leave out the slow one")
     add("--quick", action="store_true", help="the perceptron with 50 examples alone")
+    add("--replicas", type=int, help="compare so many logical CPU devices with one, no more")
     add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
     settings = parser.parse_args()
@@ -199,9 +242,14 @@ def main():
         reports.write_docs(settings.output, "gamma_hat", table, settings.docs)
         return
     set_precision("float32")
+    if settings.replicas:
+        for case in itertools.product(settings.networks, settings.num_examples):
+            compare_replicas(*case, settings.replicas, settings.rounds)
+        return
     report, path = reports.load(settings.output, "gamma_hat")
     for case in itertools.product(settings.networks, settings.num_examples):
-        rows = measure(*case, settings.rounds)
+        with_literal = BACKEND == "tensorflow" and not settings.no_literal
+        rows = measure(*case, settings.rounds, with_literal)
         print(table(report | {"rows": rows}), flush=True)
         report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
         reports.save(report, path)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tracemalloc
 
 import keras
 
@@ -56,10 +57,21 @@ def set_precision(precision):
 
 
 def peak_memory(function):
-    """Return what a call takes beyond what was held before, in MiB, by the framework's own count.
+    """Return what a call takes beyond what was held before, in MiB.
 
-    TensorFlow counts, and torch on GPUs; else `None`.
+    By the framework's own count (TensorFlow counts, and torch on GPUs; else `None`) and NumPy's,
+    at their peaks.
     """
+    tracemalloc.start()
+    try:
+        of_framework = _peak_of_framework(function)
+        of_numpy = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    return None if of_framework is None else of_framework + of_numpy
+
+
+def _peak_of_framework(function):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -79,27 +91,3 @@ def peak_memory(function):
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     return None
-
-
-def peak_resident_memory(function):
-    """Return what a call takes beyond what the process held before, in MiB.
-
-    On a GPU by the framework's count, as `peak_memory`; else by Linux's, `None` elsewhere. It sees
-    the memory of all libraries, and none that an allocator kept from earlier calls.
-    """
-    if is_gpu():
-        return peak_memory(function)
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 2**10
-
-
-def _status(name):
-    """Return an entry of Linux's record of this process, in KiB."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name))

@@ -37,9 +37,10 @@ def numbers(tmp_path_factory):
 def test_training_and_gamma_hat_give_the_same_numbers(numbers, other):
     """20 steps with batch norm, L2, sample weights and a partial last batch; both estimators.
 
-    1e-5 is 80 roundings of float32.
+    1e-5 is 80 roundings of float32; gamma-hat of the same weights, before training, has 8.
     """
     ours, theirs = numbers(BACKEND), numbers(other)
-    assert set(ours) == set(theirs) and len(ours) == 12
+    assert set(ours) == set(theirs) and len(ours) == 14
     for name, value in ours.items():
-        assert np.linalg.norm(value - theirs[name]) <= 1e-5 * np.linalg.norm(value), name
+        tolerance = 1e-6 if name.endswith("before") else 1e-5
+        assert np.linalg.norm(value - theirs[name]) <= tolerance * np.linalg.norm(value), name

@@ -47,12 +47,19 @@ def train_and_measure(estimator):
         regularizer=SubBatchPerturbation(1e-2, 5.0, 4, estimator=estimator),
     )
     data = {"x": IMAGES, "y": LABELS}
+    before = gamma_hat(model, **data, num_examples=20, num_trials=5, seed=0)
     logs = model.fit(
         **data, batch_size=16, epochs=5, shuffle=False, sample_weight=SAMPLE_WEIGHT, verbose=0
     ).history
     gamma = gamma_hat(model, **data, num_examples=20, num_trials=5, seed=0)
     weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
-    numbers = {"weights": weights, "gamma_hat": gamma.value, "stderr": gamma.stderr, **logs}
+    numbers = {
+        "weights": weights,
+        "gamma_hat before": before.value,
+        "gamma_hat": gamma.value,
+        "stderr": gamma.stderr,
+        **logs,
+    }
     return {f"{estimator}/{name}": value for name, value in numbers.items()}
 
 

@@ -16,6 +16,8 @@ float32 at least, wherever the framework lets this be asked for.
 * `devices(model)`: a list of the devices of this process that share the model's batches; `[None]`
   unless there are several.
 * `on_device(device, function, *args)`: what the function returns of the arguments, computed there.
+* `after(array, other)`: the array, not used before another is known, so that memory is not taken
+  earlier than need be; itself, where the framework sees to that.
 * `is_traced(array)`: whether an array stands for numbers that are not known yet.
 * `float64_allowed()`: a context in which arrays of float64 can be made and used.
 * `traced_once(function)`: the function, traced once for all the places that call it, if the
@@ -65,6 +67,7 @@ if keras.backend.backend() not in _BACKENDS:
 _module = importlib.import_module(f"keras_infomcr.backend.{keras.backend.backend()}")
 
 add = _module.add
+after = _module.after
 apply = _module.apply
 attach_state = _module.attach_state
 batch_size = _module.batch_size

@@ -98,6 +98,12 @@ def on_device(device, function, *args):
         return function(*tf.nest.map_structure(tf.identity, args))
 
 
+def after(array, other):
+    """Return the array, once the other is known."""
+    with tf.control_dependencies([other]):
+        return tf.identity(array)
+
+
 def is_traced(array):
     """Return whether the array stands for numbers that are not known yet."""
     return tf.is_symbolic_tensor(array)

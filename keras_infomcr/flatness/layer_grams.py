@@ -133,9 +133,11 @@ def _tap(layer, names, inputs, outputs, probe):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
             with backend.float64_allowed():
-                grams = grams_of(inputs, upstream)
+                grams = grams_of(backend.after(inputs, upstream), upstream)
                 total = sum(grams[name]() for name in names)
-            return upstream, ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape), total
+            none = ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)
+            # One layer at a time: the next one's gradients wait.
+            return backend.after(upstream, total), none, total
 
         return outputs, gradient
 
