@@ -109,6 +109,7 @@ def plot(rows, path):
             values = [r[label] if np.isfinite(r[label]) else np.nan for r in rows]
             axis.plot([r["scale"] for r in rows], values, style, label=label)
         axis.set(title=title, xlabel="scale of the logits", xscale="log")
+        axis.set_yscale("symlog", linthresh=1000)
         axis.legend()
     figure.savefig(path, dpi=120)
 

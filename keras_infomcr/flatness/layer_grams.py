@@ -31,7 +31,7 @@ class Taps:
         model: A built `keras.Model`.
 
     Attributes:
-        layers: List of the layers; none before `note` has seen them called.
+        layers: List of the layers. Every evaluation within `noting` may shorten it.
     """
 
     def __init__(self, model):
@@ -141,7 +141,7 @@ def _tap(layer, names, inputs, outputs, probe):
 
         return outputs, gradient
 
-    return identity(outputs, ops.stop_gradient(inputs), probe)
+    return identity(outputs, ops.stop_gradient(ops.cast(inputs, outputs.dtype)), probe)
 
 
 def _dense(layer):

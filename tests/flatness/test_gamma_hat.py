@@ -189,6 +189,7 @@ def of_integers():
         (of_dict_inputs, lambda x: {"a": x, "b": x[::-1] + 1}, None),
         (of_two_inputs, lambda x: [x, x[::-1] + 1], None),
         (of_integers, lambda x: np.digitize(x, np.linspace(-1, 1, 6)), None),
+        (classifier, lambda x: np.digitize(x, np.linspace(-1, 1, 6)), None),
     ],
 )
 def test_models_of_all_kinds_against_svd(float64, data, make, inputs_of, chunk_size):
