@@ -83,7 +83,8 @@ def predict_with_logits(model, predict, x):
 
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
-            if getattr(layer, "activation", None) in _ACTIVATIONS:
+            # Recurrent layers have a property by this name.
+            if layer.__dict__.get("activation") in _ACTIVATIONS:
                 stack.enter_context(replaced(layer, "activation", noting(layer.activation)))
             elif isinstance(layer, keras.layers.Softmax):
                 stack.enter_context(replaced(layer, "call", noting(layer.call)))

@@ -16,10 +16,12 @@ class GammaHatByLayer:
     """What `gamma_hat_by_layer` returns, for L layers in the order of the model's weights.
 
     Attributes:
-        layers: Tuple of L strings, the paths of the layers that have trainable weights.
+        layers: Tuple of L strings, the paths of the layers that have trainable weights. Layers of
+            the same path are taken together.
         num_weights: Tuple of L integers, the numbers of their trainable weights.
         values: Array `[L]`, gamma-hat with all weights but the layer's held fixed, natural
-            logarithm. -inf for layers with fewer weights than a trial has examples.
+            logarithm. -inf where the layer's gradients are linearly dependent, as with fewer
+            weights than a trial has examples.
         stderrs: Array `[L]`, standard errors over the trials, NaN for a single trial and for
             values that are not finite.
     """

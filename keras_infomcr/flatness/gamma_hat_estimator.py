@@ -156,16 +156,19 @@ class GammaHatEstimator:
                 f"Received: training=True and loss={self.model.loss!r}"
             )
         self._labels = self._values.labels(self._y, outputs)
-        chunk_size = settings["chunk_size"] or settings["num_examples"]
+        num_examples = settings["num_examples"]
+        chunk_size = settings["chunk_size"] or num_examples
         one_by_one = (
             settings["training"]
             or other_loss
-            or chunk_size < settings["num_examples"]
+            or chunk_size < num_examples
             or self.model.run_eagerly
         )
         if one_by_one or self._coupled(taps, outputs, logits):
             taps.layers = []
-        self._grams = TrialGrams(self.model, self._values, taps, settings["training"], chunk_size)
+        self._grams = TrialGrams(
+            self.model, self._values, taps, num_examples, settings["training"], chunk_size
+        )
 
     def _predict(self, taps, count):
         """Return outputs and logits of the first examples, seen by the taps."""
@@ -183,8 +186,7 @@ class GammaHatEstimator:
             keras.ops.convert_to_numpy(self._values_of(count, *of_examples))[0]
             for count, of_examples in ((1, of_first), (2, self._predict(taps, 2)))
         )
-        # Rounding is a thousand times smaller, what couples examples changes them at large.
-        return not np.isclose(alone, beside, rtol=1e-3, atol=1e-3)
+        return taps.coupled() or not np.isclose(alone, beside, rtol=1e-3, atol=1e-3)
 
     def _values_of(self, count, outputs, logits):
         x, y = keras.tree.map_structure(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
@@ -44,9 +45,12 @@ class Taps:
             and type(layer) in _KINDS
             and layer.variable_dtype in ("float32", "float64")
             and getattr(layer, "groups", 1) == 1
+            and getattr(layer, "_remat_mode", None) is None  # `keras.RematScope`
         ]
         self._trainable = {id(v) for v in model.trainable_variables}
         self._read_elsewhere = set()
+        self._readers = {}
+        self._first_rows = collections.defaultdict(list)
         self.layers = self._known
 
     @contextlib.contextmanager
@@ -62,13 +66,21 @@ class Taps:
         def noting_call(layer, call):
             def noted(inputs, *args, **kwargs):
                 inside.append(layer)
-                outputs = call(inputs, *args, **kwargs)
-                inside.pop()
-                for_all = inputs.shape[0] == outputs.shape[0] == num_examples
-                # What is traced may be a loop's body, which runs more often than it is called.
-                in_loop = backend.is_traced(outputs)
-                usual = for_all and not in_loop and not kwargs.get("training")
-                calls[layer] += 1 if usual else 2
+                try:
+                    outputs = call(inputs, *args, **kwargs)
+                finally:
+                    inside.pop()
+                # Sparse inputs have no `ndim`. What is traced may be a loop's body, which runs
+                # more often than it is called.
+                usual = (
+                    hasattr(inputs, "ndim")
+                    and not backend.is_traced(outputs)
+                    and inputs.shape[0] == outputs.shape[0] == num_examples
+                )
+                if usual:
+                    first = (ops.convert_to_numpy(array[0]) for array in (inputs, outputs))
+                    self._first_rows[layer].append(tuple(first))
+                calls[layer] += 1 if usual and not kwargs.get("training") else 2
                 return outputs
 
             return noted
@@ -77,7 +89,8 @@ class Taps:
 
         def noting_value(variable):
             owner = inside[-1]
-            if owner is None or all(variable is not v for v in owner.variables):
+            own = owner is not None and any(variable is v for v in owner.variables)
+            if not own or self._readers.setdefault(id(variable), owner) is not owner:
                 self._read_elsewhere.add(id(variable))
             return value_of(variable)
 
@@ -85,6 +98,19 @@ class Taps:
         with _calls_replaced(self._known, noting_call):
             yield
         self.layers = [x for x in self.layers if calls[x] == 1 and self._names(x)]
+
+    def coupled(self):
+        """Return whether a layer saw another first example in one evaluation than in another.
+
+        Rounding is a thousand times smaller than the limit, what couples examples larger.
+        """
+        with np.errstate(invalid="ignore"):
+            return any(
+                np.max(np.abs(array - other)) > 1e-3 * np.max(np.abs(array))
+                for first, *others in self._first_rows.values()
+                for rows in others
+                for array, other in zip(first, rows)
+            )
 
     def weights(self, layer):
         """Return the trainable variables of a tapped layer that its Gram matrix takes in."""
@@ -139,7 +165,7 @@ def _tap(layer, names, inputs, outputs, probe):
             # One layer at a time: the next one's gradients wait.
             return backend.after(upstream, total), none, total
 
-        return outputs, gradient
+        return ops.copy(outputs), gradient  # torch lets nobody change an input in place
 
     return identity(outputs, ops.stop_gradient(ops.cast(inputs, outputs.dtype)), probe)
 
@@ -149,46 +175,53 @@ def _dense(layer):
 
 
 def _convolution(layer):
+    # Not the layer itself: TensorFlow never forgets a gradient function, nor what it refers to.
+    kernel_size, padding = layer.kernel_size, layer.padding
+    strides, dilations = layer.strides, layer.dilation_rate
+    channels_first = layer.data_format == "channels_first"
+
     def grams(inputs, upstream):
-        if layer.data_format == "channels_first":
+        if channels_first:
             inputs, upstream = (ops.moveaxis(array, 1, -1) for array in (inputs, upstream))
         sizes = upstream.shape[1:-1]
-        padding = [_padding(layer, i, inputs.shape[1 + i], size) for i, size in enumerate(sizes)]
-        inputs = ops.pad(inputs, [(0, 0), *padding, (0, 0)])
-        steps = list(zip(sizes, layer.strides, layer.dilation_rate))
+        axes = list(zip(sizes, strides, dilations))
+        zeros = [
+            _padding(padding, size, kernel, *axis)
+            for size, kernel, axis in zip(inputs.shape[1:-1], kernel_size, axes)
+        ]
+        inputs = ops.pad(inputs, [(0, 0), *zeros, (0, 0)])
         # What each entry of the kernel saw: a slice of the inputs.
         columns = [
-            inputs[(slice(None), *map(_seen, offset, steps))]
-            for offset in itertools.product(*map(range, layer.kernel_size))
+            inputs[(slice(None), *map(_seen, offset, axes))]
+            for offset in itertools.product(*map(range, kernel_size))
         ]
         return _affine_grams([_by_position(c) for c in columns], _by_position(upstream))
 
     return grams
 
 
-def _seen(k, step):
-    size, stride, dilation = step
+def _seen(k, axis):
+    size, stride, dilation = axis
     return slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
 
 
-def _padding(layer, axis, size, size_of_outputs):
-    """Return the zeros before and after the entries of an axis."""
-    reach = (layer.kernel_size[axis] - 1) * layer.dilation_rate[axis]
-    if layer.padding == "causal":
+def _padding(padding, size, kernel, size_of_outputs, stride, dilation):
+    """Return the numbers of zeros before and after the entries of an axis."""
+    reach = (kernel - 1) * dilation
+    if padding == "causal":
         return reach, 0
-    if layer.padding == "valid":
+    if padding == "valid":
         return 0, 0
-    total = max((size_of_outputs - 1) * layer.strides[axis] + reach + 1 - size, 0)
+    total = max((size_of_outputs - 1) * stride + reach + 1 - size, 0)
     return total // 2, total - total // 2
 
 
 def _batch_normalization(layer):
-    mean = layer.moving_mean.value
+    axis, mean = layer.axis, layer.moving_mean.value
     scale = ops.rsqrt(layer.moving_variance.value + layer.epsilon)
 
     def grams(inputs, upstream):
-        axis = layer.axis % len(inputs.shape)
-        rest = [k for k in range(1, len(inputs.shape)) if k != axis]
+        rest = [k for k in range(1, inputs.ndim) if k != axis % inputs.ndim]
         bias = ops.sum(upstream, rest)
         return {
             "gamma": lambda: gram(scale * (ops.sum(inputs * upstream, rest) - mean * bias)),
@@ -251,7 +284,7 @@ def _affine_grams(columns, upstream):
 def _kernel_gram(columns, upstream):
     n, p, o = upstream.shape
     i = columns[0].shape[-1]
-    if p * p * (i + o) <= i * o:
+    if p * p * (i + o) <= i * o and 8 * (n * p) ** 2 <= _ROW_BYTES:
         # J_i . J_j = sum_pq (a_ip . a_jq) (b_ip . b_jq), without J.
         of_columns = sum(gram(ops.reshape(c, (n * p, i))) for c in columns)
         products = of_columns * gram(ops.reshape(upstream, (n * p, o)))

@@ -29,7 +29,7 @@ def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
     errors = np.nan_to_num(result.stderrs[finite])
     axes.barh(positions[finite], result.values[finite], xerr=errors)
     for position in positions[~finite]:
-        axes.text(0.01, position, "fewer weights than examples", va="center", fontsize="x-small",
+        axes.text(0.01, position, "not finite", va="center", fontsize="x-small",
                   transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_yticks(positions, result.layers, fontsize="x-small")
     axes.set_ylim(len(positions) - 0.5, -0.5)

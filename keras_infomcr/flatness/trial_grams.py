@@ -24,6 +24,7 @@ class TrialGrams:
         model: A `keras.Model`.
         values: An object of `flatness.example_values`.
         taps: `Taps` of the model.
+        num_examples: Integer, at least 1, N.
         training: Boolean, as for the model's `call`.
         chunk_size: Integer, at least 1: examples that go through the model together.
 
@@ -33,7 +34,7 @@ class TrialGrams:
         epsilon: Float, the rounding unit of the gradients.
     """
 
-    def __init__(self, model, values, taps, training, chunk_size):
+    def __init__(self, model, values, taps, num_examples, training, chunk_size):
         self.model = model
         self.values = values
         self.taps = taps
@@ -41,7 +42,7 @@ class TrialGrams:
         self.chunk_size = chunk_size
         self._objective = Objective(model)
         self._weights = model.trainable_variables
-        self._owners = [v.path.rpartition("/")[0] for v in self._weights]
+        self._owners = [_owner(v) for v in self._weights]
         self.layers = tuple(dict.fromkeys(self._owners))
         sizes = [math.prod(v.shape) for v in self._weights]
         self.num_weights = tuple(
@@ -49,15 +50,14 @@ class TrialGrams:
             for layer in self.layers
         )
         tapped = [id(v) for layer in taps.layers for v in taps.weights(layer)]
-        self._rest = [k for k, v in enumerate(self._weights) if id(v) not in tapped]
-        self._tapped_owners = [
-            self._owners[[id(v) for v in self._weights].index(id(taps.weights(layer)[0]))]
-            for layer in taps.layers
-        ]
+        self._tapped_owners = [_owner(taps.weights(layer)[0]) for layer in taps.layers]
         self.epsilon = max((float(np.finfo(x.variable_dtype).eps) for x in taps.layers), default=0)
         self._lock = threading.Lock()
-        self._tapped = self._compiled(self._tapped_pass)
-        self._jacobians = None
+        self._tapped = backend.compiled(self._tapped_pass)
+        rest = [k for k, v in enumerate(self._weights) if id(v) not in tapped]
+        groups = _grouped([sizes[k] for k in rest], _ROW_BYTES // (4 * num_examples))
+        groups = [[rest[i] for i in group] for group in groups]
+        self._jacobians = [(group, self._jacobian(group)) for group in groups]
 
     def __call__(self, context, data, device):
         """Return the values and the Gram matrices.
@@ -77,7 +77,7 @@ class TrialGrams:
             for owner, gram in zip(self._tapped_owners, tapped):
                 if gram is not None:
                     grams[self.layers.index(owner)] += keras.ops.convert_to_numpy(gram)
-        if self._rest:
+        if self._jacobians:
             values = self._add_rest(grams, context, data, device)
         return keras.ops.convert_to_numpy(values).astype("float64"), grams
 
@@ -97,15 +97,9 @@ class TrialGrams:
 
     def _add_rest(self, grams, context, data, device):
         """Add the Gram matrices of the weights without a tap, and return the values."""
-        size = grams.shape[-1]
-        if self._jacobians is None:
-            limit = _ROW_BYTES // (4 * size)
-            sizes = [math.prod(self._weights[k].shape) for k in self._rest]
-            groups = [[self._rest[i] for i in group] for group in _grouped(sizes, limit)]
-            self._jacobians = [(group, self._jacobian(group)) for group in groups]
         chunks = [
             keras.tree.map_structure(lambda a, i=i: a[i : i + self.chunk_size], data)
-            for i in range(0, size, self.chunk_size)
+            for i in range(0, grams.shape[-1], self.chunk_size)
         ]
         for group, jacobian in self._jacobians:
             part = [context[0][k] for k in group]
@@ -128,19 +122,21 @@ class TrialGrams:
 
         return backend.jacobian(values, self.training, compiled=not self.model.run_eagerly)
 
-    def _compiled(self, function):
-        return function if self.model.run_eagerly else backend.compiled(function)
+
+def _owner(variable):
+    """Return the path of the layer of a variable."""
+    return variable.path.rpartition("/")[0]
 
 
 def _grouped(sizes, limit):
-    """Cut a list of sizes into ranges of at most `limit` together, at least one each."""
+    """Cut a list of sizes into ranges of at most `limit` together, at least one size each."""
     groups, start, total = [], 0, 0
     for i, size in enumerate(sizes):
         if i > start and total + size > limit:
             groups.append(range(start, i))
             start, total = i, 0
         total += size
-    return [*groups, range(start, len(sizes))]
+    return [*groups, range(start, len(sizes))] if sizes else []
 
 
 def _gram(matrix, width=2**16):

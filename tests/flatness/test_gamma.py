@@ -78,7 +78,7 @@ def test_picture_has_a_bar_for_each_finite_layer(data):
     axes = plot.gamma_hat_by_layer(result)
     assert [p.get_width() for p in axes.patches] == list(result.values[[0, 2]])
     assert [label.get_text() for label in axes.get_yticklabels()] == list(result.layers)
-    assert [t.get_text() for t in axes.texts] == ["fewer weights than examples"]
+    assert [t.get_text() for t in axes.texts] == ["not finite"]
     own = pyplot.figure().subplots()
     assert plot.gamma_hat_by_layer(result, own) is own
     pyplot.close("all")

@@ -184,6 +184,48 @@ class OwnStatistics(keras.Model):
         return self.last(ops.mean(ops.tanh(hidden), axis=1))
 
 
+class Gated(keras.Model):
+    """Batch normalisation in training mode on a branch that does not yet reach the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(8), layers.Dense(NUM_CLASSES)
+        self.norm = layers.BatchNormalization()
+        self.gate = layers.Dense(8, kernel_initializer="zeros")
+
+    def call(self, inputs):
+        hidden = self.first(inputs)
+        return self.last(ops.tanh(hidden) + self.gate(ops.tanh(self.norm(hidden, training=True))))
+
+
+class InPlace(keras.Model):
+    """Adds to what a layer returned; on torch in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(8), layers.Dense(NUM_CLASSES)
+
+    def call(self, inputs):
+        hidden = self.first(inputs)
+        hidden += 0.1 * inputs[:, :8]
+        return self.last(ops.tanh(hidden))
+
+
+class Twins(keras.Model):
+    """Two layers with one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Dense(8, "tanh"), layers.Dense(8)
+        self.last = layers.Dense(NUM_CLASSES)
+        self.first.build((None, 20))
+        self.second._kernel, self.second.bias = self.first._kernel, self.first.bias
+        self.second.built = True
+
+    def call(self, inputs):
+        return self.last(self.first(inputs[:, :20]) * self.second(inputs[:, 20:40]))
+
+
 class Transposed(keras.Model):
     """A layer whose first axis is not that of the examples."""
 
@@ -236,13 +278,37 @@ class Shared(keras.Model):
         return self.last(self.first(inputs[:, :6]) * self.first(inputs[:, 6:12]))
 
 
-@pytest.mark.parametrize("make", [Tied, OwnStatistics, Transposed, Looped, Scanned, Shared])
+@pytest.mark.parametrize(
+    "make", [Tied, OwnStatistics, InPlace, Twins, Transposed, Looped, Scanned, Shared]
+)
 def test_other_uses_of_layers_against_jacobians(float64, data, make):
     model = make()
     model(data[0][:2])
     compiled(model)
     if make is Looped and BACKEND == "jax":
         pytest.skip("JAX has no derivative of a loop of unknown length")
+    result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
+    np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
+
+
+def test_examples_coupled_where_the_outputs_do_not_see_it_yet(float64, data):
+    """The value of a model that is measured again after the branch has opened."""
+    from keras_infomcr.flatness.gamma_hat import checked_settings
+    from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+
+    model = Gated()
+    model(data[0][:2])
+    compiled(model)
+    estimator = GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    estimator.prepare()
+    model.gate.kernel.assign(np.random.default_rng(0).normal(size=(8, 8)))
+    (result,) = estimator.measure()
+    every = ln_xi(jacobian(lambda: log_odds(model, *data), model.trainable_variables))
+    assert result[1] == pytest.approx(every, rel=1e-9)
+
+
+def test_recurrent_layers_with_a_sigmoid(float64, data):
+    model = made([layers.Reshape((12, 5)), layers.LSTM(6, activation="sigmoid")])
     result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
     np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
 
