@@ -207,15 +207,17 @@ def table(report):
 def plot(report, path):
     """Save a picture of the seconds, a panel for each network."""
     networks = sorted({r["network"] for r in report["rows"]})
+    size = 1 + 2.4 * len(networks), 3.2
     figure, axes = plt.subplots(
-        1, len(networks), figsize=(3.2 * len(networks), 3.2), squeeze=False, layout="constrained"
+        1, len(networks), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, network in zip(axes.flat, networks):
         rows = [r for r in sorted(report["rows"], key=key_of) if r["network"] == network]
         for kind in dict.fromkeys(r["kind"] for r in rows):
             points = [(r["examples"], r["seconds"]) for r in rows if r["kind"] == kind]
             axis.plot(*zip(*points), "o-", label=kind)
-        axis.set(title=network, xlabel="examples N'", ylabel="seconds", yscale="log")
+        axis.set(title=network, xlabel="examples N'", yscale="log")
+    axes[0, 0].set_ylabel("seconds")
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
 

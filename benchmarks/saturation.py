@@ -109,8 +109,8 @@ def plot(rows, path):
             values = [r[label] if np.isfinite(r[label]) else np.nan for r in rows]
             axis.plot([r["scale"] for r in rows], values, style, label=label)
         axis.set(title=title, xlabel="scale of the logits", xscale="log")
-        axis.set_yscale("symlog", linthresh=1000)
-        axis.legend()
+        axis.set_yscale("symlog", linthresh=100)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(path, dpi=120)
 
 
