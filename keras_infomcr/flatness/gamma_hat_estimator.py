@@ -15,7 +15,7 @@ from keras_infomcr.flatness.example_values import (
     predict_with_logits,
 )
 from keras_infomcr.flatness.examples import read_examples
-from keras_infomcr.flatness.layer_grams import Taps
+from keras_infomcr.flatness.taps import Taps
 from keras_infomcr.flatness.trial_grams import TrialGrams
 from keras_infomcr.objective import Objective
 

@@ -1,173 +1,22 @@
-"""Gram matrices of the gradients of all examples, layer by layer, in one backward pass.
+"""Gram matrices of the gradients of all examples by the weights of one layer.
 
-The gradient of m_i by the kernel of a layer is J_i = sum_p a_ip b_ip^T over positions p, with a_ip
-what the layer saw and b_ip the gradient of m_i by what it made of that. A tap on the layer's
-outputs meets a_ip and b_ip of all examples in the backward pass of sum_i m_i. It returns J J^T as
-the "gradient" of an array that it was given, so that no J outlives its layer.
+The gradient of m_i by a kernel is J_i = sum_p a_ip b_ip^T over positions p, with a_ip what the
+layer saw and b_ip the gradient of m_i by what it made of that.
 """
 
-import collections
-import contextlib
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.replaced import replaced
 
 # The rows of a part of a kernel, of all examples, take so many bytes in float64 at most.
 _ROW_BYTES = 2**28
 # Products of so many columns at once: as fast as can be, for they stay in the processor's cache.
 _NUM_COLUMNS = 2**13
-
-
-class Taps:
-    """The layers of a model whose Gram matrices come from one backward pass.
-
-    Args:
-        model: A built `keras.Model`.
-
-    Attributes:
-        layers: List of the layers. Every evaluation within `noting` may shorten it.
-    """
-
-    def __init__(self, model):
-        with backend.float64_allowed():
-            double = backend.widest_float() == "float64"
-        self._known = [
-            layer
-            for layer in model._flatten_layers()
-            if double
-            and type(layer) in _KINDS
-            and layer.variable_dtype in ("float32", "float64")
-            and getattr(layer, "groups", 1) == 1
-            and getattr(layer, "_remat_mode", None) is None  # `keras.RematScope`
-        ]
-        self._trainable = {id(v) for v in model.trainable_variables}
-        self._read_elsewhere = set()
-        self._readers = {}
-        self._first_rows = collections.defaultdict(list)
-        self.layers = self._known
-
-    @contextlib.contextmanager
-    def noting(self, scope, num_examples):
-        """Drop layers that an evaluation of so many examples calls otherwise than once for all.
-
-        Args:
-            scope: The `keras.StatelessScope` of the evaluation.
-            num_examples: Integer.
-        """
-        calls, inside = collections.Counter(), [None]
-
-        def noting_call(layer, call):
-            def noted(inputs, *args, **kwargs):
-                inside.append(layer)
-                try:
-                    outputs = call(inputs, *args, **kwargs)
-                finally:
-                    inside.pop()
-                # Sparse inputs have no `ndim`. What is traced may be a loop's body, which runs
-                # more often than it is called.
-                usual = (
-                    hasattr(inputs, "ndim")
-                    and not backend.is_traced(outputs)
-                    and inputs.shape[0] == outputs.shape[0] == num_examples
-                )
-                if usual:
-                    first = (ops.convert_to_numpy(array[0]) for array in (inputs, outputs))
-                    self._first_rows[layer].append(tuple(first))
-                calls[layer] += 1 if usual and not kwargs.get("training") else 2
-                return outputs
-
-            return noted
-
-        value_of = scope.get_current_value
-
-        def noting_value(variable):
-            owner = inside[-1]
-            own = owner is not None and any(variable is v for v in owner.variables)
-            if not own or self._readers.setdefault(id(variable), owner) is not owner:
-                self._read_elsewhere.add(id(variable))
-            return value_of(variable)
-
-        scope.get_current_value = noting_value
-        with _calls_replaced(self._known, noting_call):
-            yield
-        self.layers = [x for x in self.layers if calls[x] == 1 and self._names(x)]
-
-    def coupled(self):
-        """Return whether a layer saw another first example in one evaluation than in another.
-
-        Rounding is a thousand times smaller than the limit, what couples examples larger.
-        """
-        with np.errstate(invalid="ignore"):
-            return any(
-                np.max(np.abs(array - other)) > 1e-3 * np.max(np.abs(array))
-                for first, *others in self._first_rows.values()
-                for rows in others
-                for array, other in zip(first, rows)
-            )
-
-    def weights(self, layer):
-        """Return the trainable variables of a tapped layer that its Gram matrix takes in."""
-        return [getattr(layer, name) for name in self._names(layer)]
-
-    def _names(self, layer):
-        values = {name: getattr(layer, name, None) for name in _KINDS[type(layer)].weights}
-        taken = self._trainable - self._read_elsewhere
-        return [k for k, v in values.items() if isinstance(v, keras.Variable) and id(v) in taken]
-
-    def open(self, probes):
-        """Return a context in which the layers are tapped.
-
-        Args:
-            probes: List of arrays `[N, N]` of zeros, float64, one for each of `layers`: their
-                gradients will be the Gram matrices.
-        """
-        probes = dict(zip(self.layers, probes))
-
-        def tapped_call(layer, call):
-            def tapped(inputs, *args, **kwargs):
-                activation = getattr(layer, "activation", None)
-                with replaced(layer, "activation", None):
-                    outputs = call(inputs, *args, **kwargs)
-                outputs = _tap(layer, self._names(layer), inputs, outputs, probes[layer])
-                return outputs if activation is None else activation(outputs)
-
-            return tapped
-
-        return _calls_replaced(self.layers, tapped_call)
-
-
-@contextlib.contextmanager
-def _calls_replaced(layers, replacement):
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced(layer, "call", replacement(layer, layer.call)))
-        yield
-
-
-def _tap(layer, names, inputs, outputs, probe):
-    grams_of = _KINDS[type(layer)].grams_of(layer)
-
-    @ops.custom_gradient
-    def identity(outputs, inputs, probe):
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            with backend.float64_allowed():
-                grams = grams_of(backend.after(inputs, upstream), upstream)
-                total = sum(grams[name]() for name in names)
-            none = ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)
-            # One layer at a time: the next one's gradients wait.
-            return backend.after(upstream, total), none, total
-
-        return ops.copy(outputs), gradient  # torch lets nobody change an input in place
-
-    return identity(outputs, ops.stop_gradient(ops.cast(inputs, outputs.dtype)), probe)
 
 
 def _dense(layer):
@@ -246,7 +95,7 @@ class _Kind(NamedTuple):
 
 
 _CONVOLUTION = _Kind(_convolution, ("kernel", "bias"))
-_KINDS = {
+KINDS = {
     keras.layers.Dense: _Kind(_dense, ("kernel", "bias")),
     keras.layers.Conv1D: _CONVOLUTION,
     keras.layers.Conv2D: _CONVOLUTION,
