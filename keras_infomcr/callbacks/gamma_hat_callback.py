@@ -26,8 +26,6 @@ class GammaHatCallback(keras.callbacks.Callback):
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1, or `"auto"`. T, the trials averaged. Defaults to 10; the
             paper has 100.
-        relative_tolerance: As for `keras_infomcr.flatness.gamma_hat`, which uses it with
-            `num_trials="auto"`. Defaults to 0.01.
         normalize_softmax: Boolean, whether to normalise the logits. Defaults to `False`.
         softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
@@ -38,6 +36,8 @@ class GammaHatCallback(keras.callbacks.Callback):
         seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
         verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
             second, what part of an epoch's time it takes (the first compiles). Defaults to 0.
+        relative_tolerance: As for `keras_infomcr.flatness.gamma_hat`, which uses it with
+            `num_trials="auto"`. Defaults to 0.01.
 
     Attributes:
         result: The last `keras_infomcr.flatness.GammaHat`, `None` before the first.
@@ -62,7 +62,6 @@ class GammaHatCallback(keras.callbacks.Callback):
         data: Any,
         num_examples: int = 100,
         num_trials: int | str = 10,
-        relative_tolerance: float = 0.01,
         normalize_softmax: bool = False,
         softmax_scale: float = 0.04,
         frequency: int = 1,
@@ -70,6 +69,7 @@ class GammaHatCallback(keras.callbacks.Callback):
         chunk_size: int | None = None,
         seed: int | None = 0,
         verbose: int = 0,
+        relative_tolerance: float = 0.01,
     ):
         super().__init__()
         validation.integer(minimum=1, frequency=frequency)

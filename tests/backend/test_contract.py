@@ -796,3 +796,40 @@ def test_both_evaluations_of_a_pair_see_the_same_mask(float64, case):
     # alpha times H g, against a difference of the order of g if the masks differed.
     assert np.linalg.norm(flat(loss_gradient)) > 0.1
     assert np.linalg.norm(flat(gradient)) < 1e-7
+
+
+# ---------------------------------------------------------------- devices, order and float64
+
+
+def test_float64_within_a_compiled_function():
+    """Products of float32 numbers are exact in float64, and rounded outside of it."""
+    numbers = np.array([1 + 2**-12, 3.0], "float32")
+
+    def squares(x):
+        with backend.float64_allowed():
+            x = keras.ops.cast(x, "float64")
+            return x * x
+
+    result = numpy(backend.compiled(squares)(array(numbers)))
+    assert result.dtype == "float64"
+    np.testing.assert_array_equal(result, numbers.astype("float64") ** 2)
+
+
+def test_an_array_after_another_is_the_array():
+    function = backend.compiled(lambda x, y: backend.after(x, y + 1.0))
+    np.testing.assert_array_equal(numpy(function(array([1.0, 2.0]), array([3.0]))), [1.0, 2.0])
+
+
+def test_numbers_at_hand_are_not_traced():
+    assert not backend.is_traced(array([1.0]))
+
+
+@only_on("tensorflow", "jax", reason="torch compiles nothing here")
+def test_numbers_of_a_compiled_function_are_traced():
+    seen = []
+    backend.compiled(lambda x: (seen.append(backend.is_traced(x)), x)[1])(array([1.0]))
+    assert seen == [True]
+
+
+def test_no_device_is_the_usual_one():
+    assert numpy(backend.on_device(None, lambda x: x + 1.0, array(1.0))) == 2.0

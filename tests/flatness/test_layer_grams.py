@@ -9,6 +9,8 @@ from test_gamma_hat import NUM_CLASSES, compiled, ln_xi, measure, sequential
 
 from keras_infomcr import backend
 from keras_infomcr.flatness import gamma_hat_by_layer, layer_grams
+from keras_infomcr.flatness.gamma_hat import checked_settings
+from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 
 
 @pytest.fixture
@@ -108,6 +110,10 @@ def made(stack):
     return model
 
 
+def estimator_of(model, data):
+    return GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+
+
 @pytest.mark.parametrize(
     "stack", [dense, convolutions_1d, convolutions_2d, convolutions_3d, batch_normalizations]
 )
@@ -142,11 +148,8 @@ def test_a_frozen_weight_of_a_layer_does_not_count(float64, data, no_rows, froze
 
 def test_follows_weights_and_statistics(float64, data, no_rows):
     """A second model's numbers in the same compiled pass."""
-    from keras_infomcr.flatness.gamma_hat import checked_settings
-    from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
-
     model = made(batch_normalizations())
-    estimator = GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    estimator = estimator_of(model, data)
     before = estimator.measure_layers()[0]
     for v in model.variables:
         v.assign(v * 1.5)
@@ -293,13 +296,10 @@ def test_other_uses_of_layers_against_jacobians(float64, data, make):
 
 def test_examples_coupled_where_the_outputs_do_not_see_it_yet(float64, data):
     """The value of a model that is measured again after the branch has opened."""
-    from keras_infomcr.flatness.gamma_hat import checked_settings
-    from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
-
     model = Gated()
     model(data[0][:2])
     compiled(model)
-    estimator = GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    estimator = estimator_of(model, data)
     estimator.prepare()
     model.gate.kernel.assign(np.random.default_rng(0).normal(size=(8, 8)))
     (result,) = estimator.measure()
