@@ -57,8 +57,7 @@ class Objective:
             values = [scope.get_current_value(v) for v in variables]
             new_state = [None if v is s else v for v, s in zip(values, state)]
             new_state += backend.random_state()
-        # Under a strategy Keras divides the loss by the number of replicas.
-        return loss * backend.num_replicas(), (predictions, new_state)
+        return loss, (predictions, new_state)
 
     @contextlib.contextmanager
     def at(self, weights, state, training, rows=None):

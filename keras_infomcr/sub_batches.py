@@ -25,7 +25,10 @@ class Batch(NamedTuple):
 
 
 class SubBatches:
-    """A batch cut into `count` contiguous slices, as `numpy.array_split` does.
+    """A batch cut into `count` contiguous slices, whose sizes differ by at most one.
+
+    Of B examples slice i ends before example (i + 1) B / count, rounded down, so that R replicas
+    which cut B/R examples into count/R slices each cut the whole as one device does.
 
     Item i, an integer or a scalar array, is `(weight, batch)`: its size as a multiple of the
     mean, a float or a float64 scalar, and the slice as a `Batch`.
@@ -70,12 +73,15 @@ class SubBatches:
 
     def _bounds(self, i):
         """Return where slice i starts and how long it is, integers or scalar arrays."""
-        base, surplus = self._size // self._count, self._size % self._count
-        if isinstance(surplus, int) and surplus == 0:
-            return i * base, base
-        if isinstance(surplus, int) and isinstance(i, int):
-            return i * base + min(i, surplus), base + (i < surplus)
-        return i * base + ops.minimum(i, surplus), base + ops.cast(i < surplus, "int32")
+        if isinstance(self._size, int):
+            if self._size % self._count == 0:
+                length = self._size // self._count
+                return i * length, length
+            start, end = (k * self._size // self._count for k in (i, i + 1))
+            return start, end - start
+        count = ops.minimum(self._count, self._size)
+        start, end = (ops.minimum(k * self._size // count, self._size) for k in (i, i + 1))
+        return start, end - start
 
 
 def _take(batch, start, length, rows):

@@ -17,6 +17,12 @@ if BACKEND == "tensorflow":
     )
 
 
+if BACKEND == "jax":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 4)
+
+
 @pytest.fixture(autouse=True)
 def fresh_keras():
     keras.utils.set_random_seed(0)

@@ -35,6 +35,12 @@ def float64_everywhere():
     dtypes.BIT64_TO_BIT32_DTYPE["float64"] = before
 
 
+def slices(size, count):
+    """Return the rows of each sub-batch of a batch."""
+    count = min(size, count)
+    return np.split(np.arange(size), [i * size // count for i in range(1, count)])
+
+
 def array(values, dtype=None):
     """Return an array of the framework."""
     return keras.ops.convert_to_tensor(np.asarray(values, dtype))

@@ -2,7 +2,8 @@
 
 Arrays are the framework's own; `weights` and `state` are lists of them. A gradient is dense, and
 `None` where the value does not depend on the weight. The derivatives of functions are taken in true
-float32 at least, wherever the framework lets this be asked for.
+float32 at least, wherever the framework lets this be asked for, and in a training step on each
+replica as if it were alone: layers synchronise nothing, and no loss is divided.
 
 * `value_and_grad(function)`: `f(weights, *args) -> ((value, auxiliary), gradients)` of a
   `function(weights, *args) -> (value, auxiliary)`.
@@ -47,7 +48,20 @@ float32 at least, wherever the framework lets this be asked for.
 * `marked_as_step(model, function)`: a train, test or predict function, within which `attach_state`
   does nothing.
 * `widest_float()`: the name of the widest float type.
-* `num_replicas()`: how many replicas share the batch.
+* `num_replicas(model)`: how many replicas share a batch of the model.
+* `num_parallel_steps(model)`: how many steps run side by side on shares of a batch, each on its
+  loss divided by that number, so that the optimizer can add up their gradients.
+* `mean_over_steps(array)`: the mean of an array over these steps.
+* `over_replicas(function)`: `f(batch) -> means, predictions` of such a function. Where one step is
+  for several replicas, it is called on the share of each; of the means, those of a float type are
+  averaged over them, and the predictions are joined.
+* `agree_on_overflow(optimizer)`: let a `LossScaleOptimizer` skip a step on all replicas if the
+  gradients of one overflow.
+* `own_batch(model, iterator)`: the first batch of what Keras iterates over, the share of one
+  replica, if the model is to be built from that; else `None`.
+* `reducible(model, logs)`: the logs of a step in a form that Keras can average over workers.
+* `is_chief(model)`: whether this process is the one that writes files.
+* `wait_for_workers(model)`: return when all processes that train the model have come here.
 * `low_precision_products()`: whether float32 matrix products round like half precision.
 """
 
@@ -68,6 +82,7 @@ _module = importlib.import_module(f"keras_infomcr.backend.{keras.backend.backend
 
 add = _module.add
 after = _module.after
+agree_on_overflow = _module.agree_on_overflow
 apply = _module.apply
 attach_state = _module.attach_state
 batch_size = _module.batch_size
@@ -77,6 +92,7 @@ devices = _module.devices
 float64_allowed = _module.float64_allowed
 forward = _module.forward
 hessian_vector_product = _module.hessian_vector_product
+is_chief = _module.is_chief
 is_traced = _module.is_traced
 jacobian = _module.jacobian
 looped = _module.looped
@@ -84,14 +100,20 @@ low_precision_products = _module.low_precision_products
 main_pass = _module.main_pass
 making_train_function = _module.making_train_function
 marked_as_step = _module.marked_as_step
+mean_over_steps = _module.mean_over_steps
 modules_at_variables = _module.modules_at_variables
+num_parallel_steps = _module.num_parallel_steps
 num_replicas = _module.num_replicas
 on_device = _module.on_device
+over_replicas = _module.over_replicas
+own_batch = _module.own_batch
 passed_with_metrics = _module.passed_with_metrics
 random_state = _module.random_state
+reducible = _module.reducible
 set_random_state = _module.set_random_state
 slice_rows = _module.slice_rows
 traced_once = _module.traced_once
 train_step = _module.train_step
 value_and_grad = _module.value_and_grad
+wait_for_workers = _module.wait_for_workers
 widest_float = _module.widest_float

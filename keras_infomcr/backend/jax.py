@@ -1,7 +1,7 @@
 """JAX: differentiation of functions of weights, and the training step.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
-uses them too: `_loss_tracker`, `in_stateless_scope`.
+uses them too: `_loss_tracker`, `in_stateless_scope`; and the functions for masks.
 """
 
 import contextlib
@@ -9,6 +9,9 @@ import functools
 
 import jax
 import keras
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
@@ -61,7 +64,15 @@ def devices(model):
 
 def on_device(device, function, *args):
     """Return what the function returns there."""
-    return function(*args if device is None else jax.device_put(args, device))
+    if device is None:
+        return function(*args)
+    return function(*jax.device_put(jax.tree.map(_local, args), device))
+
+
+def _local(array):
+    """Return what this process holds of an array that all processes hold whole."""
+    whole = not isinstance(array, jax.Array) or array.is_fully_addressable
+    return array if whole else array.addressable_data(0)
 
 
 def after(array, other):
@@ -282,9 +293,96 @@ def widest_float():
     return "float64" if jax.config.jax_enable_x64 else "float32"
 
 
-def num_replicas():
-    """Return 1: JAX's programs see the whole batch, on however many devices it lies."""
+def num_replicas(model):
+    """Return the number of shares into which `keras.distribution` cuts a batch."""
+    mesh, axis = _batch_axis()
+    return mesh.shape[axis] if mesh else 1
+
+
+def num_parallel_steps(model):
+    """Return 1: a step sees the whole batch, on however many devices it lies."""
     return 1
+
+
+def _batch_axis():
+    """Return the mesh of devices and the name of its axis that batches are cut along."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None, None
+    return distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+
+
+def mean_over_steps(array):
+    """Return the array."""
+    return array
+
+
+def over_replicas(function):
+    """Return the function, mapped over the shares of the batch where they lie.
+
+    Left to itself XLA would cut each slice of the batch anew over all devices, and sum each of
+    its gradients over them.
+    """
+    mesh, axis = _batch_axis()
+    if not mesh or mesh.shape[axis] == 1:
+        return function
+
+    distribution = keras.distribution.distribution()
+
+    def on_replica(batch):
+        keras.distribution.set_distribution(None)
+        try:
+            means, predictions = function(batch)
+        finally:
+            keras.distribution.set_distribution(distribution)
+        masks = [get_keras_mask(p) for p in keras.tree.flatten(predictions)]
+        return jax.tree.map(mean, means), (predictions, masks)
+
+    def mean(array):
+        floating = jax.numpy.issubdtype(jax.numpy.result_type(array), jax.numpy.floating)
+        return jax.lax.pmean(array, axis) if floating else array
+
+    mapped = jax.shard_map(
+        on_replica,
+        mesh=mesh,
+        in_specs=PartitionSpec(axis),
+        out_specs=(PartitionSpec(), PartitionSpec(axis)),
+        axis_names={axis},
+        check_vma=False,  # else gradients would be summed over replicas where they are taken
+    )
+
+    def joined(batch):
+        means, (predictions, masks) = mapped(batch)
+        for prediction, mask in zip(keras.tree.flatten(predictions), masks):
+            if mask is not None:
+                set_keras_mask(prediction, mask)
+        return means, predictions
+
+    return joined
+
+
+def agree_on_overflow(optimizer):
+    """Do nothing: gradients are summed before the optimizer sees them."""
+
+
+def own_batch(model, iterator):
+    """Return `None`: Keras builds the model from any batch."""
+
+
+def reducible(model, logs):
+    """Return the logs."""
+    return logs
+
+
+def is_chief(model):
+    """Return whether this is the first process."""
+    return jax.process_index() == 0
+
+
+def wait_for_workers(model):
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("keras_infomcr")
 
 
 def low_precision_products():

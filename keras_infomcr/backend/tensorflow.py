@@ -1,7 +1,8 @@
 """TensorFlow: differentiation of functions of weights, and the training step.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15, because Keras's own `train_step`
-uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`.
+uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`, `_distribute_strategy`;
+and `_in_multi_worker_mode` of a `tf.distribute.Strategy`, which Keras asks too.
 """
 
 import contextlib
@@ -17,10 +18,11 @@ def value_and_grad(function):
     """Return `f(weights, *args) -> ((value, auxiliary), gradients)`."""
 
     def differentiated(weights, *args):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            value, auxiliary = function(weights, *args)
-        gradients = tape.gradient(value, weights)
+        with _alone():
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                value, auxiliary = function(weights, *args)
+            gradients = tape.gradient(value, weights)
         return (value, auxiliary), [None if g is None else _dense(g) for g in gradients]
 
     return differentiated
@@ -31,20 +33,29 @@ def hessian_vector_product(function):
     first_order = value_and_grad(function)
 
     def product(weights, vector, *args):
-        with (
-            _twice_differentiable_moments(),
-            tf.GradientTape(watch_accessed_variables=False) as tape,
-        ):
-            tape.watch(weights)
-            value, gradients = first_order(weights, *args)
-            slope = tf.zeros((), weights[0].dtype)
-            for g, v in zip(gradients, vector or gradients):
-                if g is not None:
-                    slope += tf.cast(tf.reduce_sum(g * tf.stop_gradient(v)), slope.dtype)
-        products = tape.gradient(slope, weights)
+        with _alone(), _twice_differentiable_moments():
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                value, gradients = first_order(weights, *args)
+                slope = tf.zeros((), weights[0].dtype)
+                for g, v in zip(gradients, vector or gradients):
+                    if g is not None:
+                        slope += tf.cast(tf.reduce_sum(g * tf.stop_gradient(v)), slope.dtype)
+            products = tape.gradient(slope, weights)
         return value, gradients, [None if p is None else _dense(p) for p in products]
 
     return product
+
+
+def _alone():
+    """Return the replica's context in a strategy that has no other."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return contextlib.nullcontext()
+    with tf.Graph().as_default():  # which no scope of a strategy has been entered for
+        strategy = tf.distribute.get_strategy()
+    # With its number, by which variables know the replica that reads them.
+    return tf.distribute.ReplicaContext(strategy, context.replica_id_in_sync_group)
 
 
 _moments_lock = threading.Lock()
@@ -163,7 +174,8 @@ def main_pass(model, x, y, sample_weight):
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
         )
         # Under a strategy Keras divides the loss by the number of replicas.
-        model._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch_size(x))
+        whole = loss * num_replicas(model)
+        model._loss_tracker.update_state(whole, sample_weight=batch_size(x))
         loss = model.optimizer.scale_loss(loss)
     return y_pred, tape.gradient(loss, model.trainable_variables)
 
@@ -268,9 +280,73 @@ def widest_float():
     return "float64"
 
 
-def num_replicas():
-    """Return the number of replicas that share the batch."""
-    return tf.distribute.get_strategy().num_replicas_in_sync
+def num_replicas(model):
+    """Return the number of replicas of the model's `tf.distribute.Strategy`."""
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+# Each replica runs the step on its own share of the batch.
+num_parallel_steps = num_replicas
+
+
+def mean_over_steps(array):
+    """Return the mean over the replicas."""
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, array)
+
+
+def over_replicas(function):
+    """Return the function, which a step calls on its own share of the batch."""
+    return function
+
+
+def agree_on_overflow(optimizer):
+    """Replace the check of the gradients, of which Keras takes the first replica's for all."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return
+    check_finite = type(optimizer).check_finite
+
+    def check_all_finite(gradients):
+        finite = check_finite(optimizer, gradients)
+        context = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync == 1:
+            return finite
+        overflows = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~finite, tf.float32))
+        return tf.equal(overflows, 0)
+
+    optimizer.check_finite = check_all_finite
+
+
+def own_batch(model, iterator):
+    """Return what the first replica here gets of the first batch."""
+    if model._distribute_strategy is None:
+        return None
+    _, _, batches = next(iter(iterator))
+    local = model.distribute_strategy.experimental_local_results
+    return keras.tree.map_structure(lambda a: local(a)[0], next(batches))
+
+
+def reducible(model, logs):
+    """Return logs of shape [1] for several workers: Keras means them along their first axis."""
+    if not _several_workers(model):
+        return logs
+    return keras.tree.map_structure(lambda a: tf.reshape(a, (1,)), logs)
+
+
+def _several_workers(model):
+    strategy = model.distribute_strategy
+    multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return multi_worker and strategy.extended._in_multi_worker_mode()
+
+
+def is_chief(model):
+    """Return whether this process writes checkpoints for its strategy."""
+    return model.distribute_strategy.extended.should_checkpoint
+
+
+def wait_for_workers(model):
+    """Wait for the other workers of a `MultiWorkerMirroredStrategy`."""
+    if _several_workers(model):
+        model.distribute_strategy.reduce(tf.distribute.ReduceOp.SUM, tf.ones(()), axis=None)
 
 
 def low_precision_products():

@@ -93,7 +93,8 @@ def cond(predicate, true_function, false_function):
 
 def _must_stay_open():
     """Return whether functions must not become graphs of their own."""
-    # Layers that synchronise replicas cannot do so within them.
+    # Loops of several replicas in one process can wait for each other without end: TensorFlow
+    # gives each a thread, and has as many as the machine has cores.
     return tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync > 1
 
 

@@ -258,9 +258,44 @@ def widest_float():
     return "float32" if device == "mps" else "float64"
 
 
-def num_replicas():
-    """Return 1."""
+def num_replicas(model):
+    """Return 1: `fit` knows of no other process."""
     return 1
+
+
+num_parallel_steps = num_replicas
+
+
+def mean_over_steps(array):
+    """Return the array."""
+    return array
+
+
+def over_replicas(function):
+    """Return the function."""
+    return function
+
+
+def agree_on_overflow(optimizer):
+    """Do nothing: there is one replica."""
+
+
+def own_batch(model, iterator):
+    """Return `None`: Keras builds the model from any batch."""
+
+
+def reducible(model, logs):
+    """Return the logs."""
+    return logs
+
+
+def is_chief(model):
+    """Return `True`."""
+    return True
+
+
+def wait_for_workers(model):
+    """Return at once."""
 
 
 def low_precision_products():

@@ -5,7 +5,6 @@ import warnings
 
 import keras
 
-from keras_infomcr import backend
 from keras_infomcr.scalars import to_float
 
 
@@ -25,10 +24,16 @@ class RegularizerMonitor:
         self.full_batches = keras.metrics.Sum(name="full_batches")
         self._warned = set()
 
-    def update(self, value, batch_size):
-        """Take in the value on a batch; part of the compiled training step."""
+    def update(self, value, batch_size, num_parallel_steps):
+        """Take in the value on a batch; part of the compiled training step.
+
+        Args:
+            value: Scalar array.
+            batch_size: Integer or scalar array, the number of examples in the step.
+            num_parallel_steps: Integer, how many such steps share the batch.
+        """
         self.mean.update_state(value, sample_weight=batch_size)
-        is_full = batch_size * backend.num_replicas() >= self.num_sub_batches
+        is_full = batch_size * num_parallel_steps >= self.num_sub_batches
         if isinstance(batch_size, int):
             is_full = 1.0 if is_full else 0.0
         self.full_batches.update_state(is_full)

@@ -4,6 +4,7 @@ import keras
 from keras.src.models.functional import Functional  # not exported; stands here since Keras 3.0
 
 from keras_infomcr import backend, objective, regularizers, validation
+from keras_infomcr.models.file_of_chief import file_of_chief
 from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
 from keras_infomcr.models.train_step import train_step
@@ -117,6 +118,7 @@ class RegularizedModel(keras.Model):
         """
         regularizer = regularizers.get(regularizer)
         super().compile(*args, **kwargs)
+        backend.agree_on_overflow(self.optimizer)
         if regularizer is not None:
             regularizer.check(self)
             self._monitor = RegularizerMonitor(regularizer.num_sub_batches)
@@ -176,12 +178,30 @@ class RegularizedModel(keras.Model):
 
     def train_step(self, *args):
         if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
-            return super().train_step(*args)
+            return backend.reducible(self, super().train_step(*args))
 
         def step(data):
             return train_step(objective.Objective(self), self._regularizer, self._monitor, data)
 
-        return backend.train_step(step, self, *args)
+        return backend.reducible(self, backend.train_step(step, self, *args))
+
+    def test_step(self, *args):
+        return backend.reducible(self, super().test_step(*args))
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        if iterator is not None:
+            data_batch = backend.own_batch(self, iterator)
+        return super()._maybe_symbolic_build(data_batch=data_batch)
+
+    def save(self, filepath, *args, **kwargs):
+        """Save the model, as `keras.Model.save`; of several workers only the chief writes."""
+        with file_of_chief(self, filepath) as path:
+            super().save(path, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """Save the weights, as `keras.Model.save_weights`; of several workers only the chief."""
+        with file_of_chief(self, filepath) as path:
+            super().save_weights(path, *args, **kwargs)
 
     def _is_trainable(self):
         return bool(self.trainable_variables) or not self.built

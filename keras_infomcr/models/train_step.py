@@ -29,43 +29,59 @@ def train_step(objective, regularizer, monitor, data):
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     batch = x, y, copied(sample_weight)
     regularizer.check_weights(model)
-    if regularizer.gives_main_gradient(model):
-        if not all(layer.built for layer in model._flatten_layers()):
-            model._symbolic_build(data_batch=batch)
-        result = regularizer(objective, batch)
-        y_pred, gradients = _main_pass_from(result, model, x, y, sample_weight)
-    else:
+    gives_main_gradient = regularizer.gives_main_gradient(model)
+    if not gives_main_gradient:
         y_pred, gradients = backend.main_pass(model, x, y, sample_weight)
+    elif not all(layer.built for layer in model._flatten_layers()):
+        model._symbolic_build(data_batch=batch)
+    num_parallel_steps = backend.num_parallel_steps(model)
+    unit = _unit(model.optimizer, num_parallel_steps)
+
+    def on_replica(batch):
         result = regularizer(objective, batch)
-    monitor.update(result.value, backend.batch_size(batch))
-    factor = _unit(model.optimizer) * ops.cast(regularizer.strength, backend.widest_float())
-    # A weight that the loss does not depend on stays without a gradient.
-    gradients = [g if g is None else _add(g, r, factor) for g, r in zip(gradients, result.gradient)]
+        factor = unit * ops.cast(regularizer.strength, backend.widest_float())
+        terms = _scaled(factor, result.gradient)
+        if not gives_main_gradient:
+            return (result.value, terms), None
+        terms = [_add(g, t) for g, t in zip(_scaled(unit, result.loss_gradient), terms)]
+        size = backend.batch_size(batch)
+        joined = keras.tree.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
+        return (result.value, terms, result.loss, result.state), joined
+
+    (value, terms, *main_pass), predictions = backend.over_replicas(on_replica)(batch)
+    monitor.update(value, backend.batch_size(batch), num_parallel_steps)
+    if gives_main_gradient:
+        y_pred = predictions
+        penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
+        gradients = _scaled(unit, penalty_gradients)
+        gradients = [_add(g, t) for g, t in zip(gradients, terms)]
+    else:
+        # A weight that the loss does not depend on stays without a gradient.
+        gradients = [g if g is None else _add(g, t) for g, t in zip(gradients, terms)]
     backend.apply(model.optimizer, gradients, model.trainable_variables)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
-def _main_pass_from(result, model, x, y, sample_weight):
-    """Make predictions, gradients and state of a full batch from those of its slices."""
-    penalty, penalty_gradients = _weight_penalties(model.trainable_variables)
-    unit = _unit(model.optimizer)
-    gradients = [
-        _add(None if g is None else times(unit, g), p, unit)
-        for g, p in zip(result.loss_gradient, penalty_gradients)
-    ]
-    size = backend.batch_size((x, y))
-    y_pred = keras.tree.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
+def _finish_main_pass(model, x, y, y_pred, sample_weight, loss, state):
+    """Do what else a pass over the batch does, once the slices have given its loss and state.
+
+    Returns:
+        The gradients of the weight penalties.
+    """
     if model.loss is not None or type(model).compute_loss is not keras.Model.compute_loss:
         # For what is tracked on the way to the total: losses of single outputs, a user's metrics.
         model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-    loss = result.loss + ops.cast(penalty, result.loss.dtype)
+    penalty, gradients = _weight_penalties(model.trainable_variables)
+    loss = loss + ops.cast(penalty, loss.dtype)
     model._loss_tracker.update_state(loss, sample_weight=backend.batch_size(x))
     variables, of_metrics = model.non_trainable_variables, {id(v) for v in model.metrics_variables}
-    for variable, value in zip(variables, result.state):
+    layers = [x for x in model._flatten_layers() if getattr(x, "synchronized", False)]
+    shared = {id(v) for layer in layers for v in layer.non_trainable_variables}
+    for variable, value in zip(variables, state):
         if value is not None and id(variable) not in of_metrics:
-            variable.assign(value)
-    backend.set_random_state(result.state[len(variables) :])
-    return y_pred, gradients
+            variable.assign(backend.mean_over_steps(value) if id(variable) in shared else value)
+    backend.set_random_state(state[len(variables) :])
+    return gradients
 
 
 def _weight_penalties(variables):
@@ -81,18 +97,21 @@ def _weight_penalties(variables):
     return value, gradients
 
 
-def _unit(optimizer):
-    """Return what a gradient of 1 is to an optimizer that unscales, then sums over replicas."""
-    one = optimizer.scale_loss(ops.ones(()))
-    return ops.cast(one, backend.widest_float()) / backend.num_replicas()
+def _unit(optimizer, num_parallel_steps):
+    """Return what a gradient of 1 is to an optimizer that unscales, then adds up those of steps."""
+    one = ops.cast(optimizer.scale_loss(ops.ones(())), backend.widest_float())
+    return one / num_parallel_steps
 
 
-def _add(gradient, term, factor):
-    """Return gradient + factor * term, `None` counting as zero."""
-    if term is None:
-        return gradient
-    term = times(factor, term)
-    return term if gradient is None else backend.add(gradient, term)
+def _scaled(factor, gradients):
+    return [None if g is None else times(factor, g) for g in gradients]
+
+
+def _add(gradient, term):
+    """Return gradient + term, `None` counting as zero."""
+    if gradient is None or term is None:
+        return term if gradient is None else gradient
+    return backend.add(gradient, term)
 
 
 def _concatenate(parts, size):

@@ -7,6 +7,7 @@ import zipfile
 import keras
 
 from keras_infomcr import backend
+from keras_infomcr.models.file_of_chief import file_of_chief
 from keras_infomcr.models.regularized_model import RegularizedModel
 
 
@@ -46,10 +47,10 @@ class WrappedModel(RegularizedModel):
             return self.model(inputs, training=training)
         return backend.forward(self.model, inputs, training=training)
 
-    def save_weights(self, *args, **kwargs):
+    def save_weights(self, filepath, *args, **kwargs):
         """Save the weights, and the optimizer's, as the wrapped model does."""
-        with self._state_lent_to_wrapped():
-            self.model.save_weights(*args, **kwargs)
+        with file_of_chief(self, filepath) as path, self._state_lent_to_wrapped():
+            self.model.save_weights(path, *args, **kwargs)
 
     def load_weights(self, filepath, *args, **kwargs):
         """Load the weights, and the optimizer's, as the wrapped model does."""

@@ -41,7 +41,8 @@ class SubBatchPerturbation(Regularizer):
         beta: Float, 0 or greater. Coefficient of R_alpha; the paper tries 1 to 100. It is live:
             `model.regularizer.beta = 20.0` takes effect with the next batch. Defaults to 10.
         num_sub_batches: Integer, at least 1. M, the number of sub-batches; a batch smaller than
-            that is cut into single examples. Defaults to 8, the paper's.
+            that is cut into single examples. Of R replicas each takes M/R, rounded down, and at
+            least one. Defaults to 8, the paper's.
         main_gradient: Where the gradient of L(B, w) comes from.
             `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
             (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
@@ -54,7 +55,7 @@ class SubBatchPerturbation(Regularizer):
             drawn at random for each step, are perturbed, and their mean stands for that of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
             instead of 2, or 1 + 2 k/M instead of 3. The draw follows from the optimizer's step
-            count. Layers that synchronise replicas do not allow it. Defaults to `None`: all.
+            count. Defaults to `None`: all.
         estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
             its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
             constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).
@@ -104,7 +105,7 @@ class SubBatchPerturbation(Regularizer):
         """Return the `SubBatchAverages` of a batch, with the main pass if they are to give it."""
         model = objective.model
         self.check_weights(model)  # built, perhaps, only now
-        count = max(1, self.num_sub_batches // backend.num_replicas())
+        count = _share(self.num_sub_batches, backend.num_replicas(model))
         sub_batches = objective.sub_batches(batch, count)
         weights, state = objective.weights(), objective.state()
         main_pass = self.gives_main_gradient(model)
@@ -113,7 +114,7 @@ class SubBatchPerturbation(Regularizer):
         if self.estimator == "hessian_vector_product":
             average = hessian_vector_products
             evaluate = backend.traced_once(_products_of(objective))
-        chosen = self._num_chosen(len(sub_batches))
+        chosen = self._num_chosen(model, len(sub_batches))
         choose = None
         if chosen < len(sub_batches):
             ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
@@ -133,11 +134,11 @@ class SubBatchPerturbation(Regularizer):
         )
         return result if choose is None else _scaled(result, len(sub_batches) / chosen)
 
-    def _num_chosen(self, count):
+    def _num_chosen(self, model, count):
         """Return how many of the sub-batches of this replica are perturbed."""
         if self.num_perturbed is None:
             return count
-        return min(count, max(1, self.num_perturbed // backend.num_replicas()))
+        return min(count, _share(self.num_perturbed, backend.num_replicas(model)))
 
     def _random_ranks(self, count, step):
         """Return the numbers below `count` in an order that the step's number determines."""
@@ -170,7 +171,17 @@ class SubBatchPerturbation(Regularizer):
         return self.main_gradient == "sub_batches"
 
     def check(self, model):
-        """Warn where the device would drown the finite difference in rounding."""
+        """Warn of a device that drowns the finite difference, and of another number of slices."""
+        replicas = backend.num_replicas(model)
+        if self.num_sub_batches % replicas:
+            count = _share(self.num_sub_batches, replicas)
+            warnings.warn(
+                "`num_sub_batches` must be a multiple of the number of replicas to be kept to, for "
+                "each takes as many sub-batches as the others, and at least one. Received: "
+                f"num_sub_batches={self.num_sub_batches} with {replicas} replicas. Each takes "
+                f"{count}, which makes {count * replicas} in all.",
+                stacklevel=3,
+            )
         if backend.low_precision_products():
             warnings.warn(
                 "TensorFloat-32 is on: float32 matrix products round like half precision, and "
@@ -199,6 +210,11 @@ class SubBatchPerturbation(Regularizer):
             "num_perturbed": self.num_perturbed,
             "estimator": self.estimator,
         }
+
+
+def _share(count, replicas):
+    """Return how many of `count` sub-batches fall to one replica."""
+    return max(1, count // replicas)
 
 
 def _chooser(ranks, count, weights, gradients):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from frameworks import BACKEND
 
-from keras_infomcr import RegularizedModel
+from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDrop
+from keras_infomcr.callbacks import RegularizationSchedule
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 if BACKEND != "tensorflow":
@@ -21,12 +22,12 @@ Y = draw.normal(size=(24, 2)).astype("float32")
 WEIGHTS = draw.uniform(0.2, 3, size=24).astype("float32")
 
 
-def network(activation="tanh", normalize=False):
+def network(activation="tanh", *layers):
     penalty = keras.regularizers.L2(1 / 64)
     inputs = keras.Input((4,))
     x = keras.layers.Dense(6, activation, kernel_regularizer=penalty)(inputs)
-    if normalize:
-        x = keras.layers.Dropout(0.25)(keras.layers.BatchNormalization()(x))
+    for layer in layers:
+        x = layer(x)
     return inputs, keras.layers.Dense(2, dtype=keras.config.floatx())(x)
 
 
@@ -35,15 +36,27 @@ def gelu():
 
 
 def normalized():
-    return network(normalize=True)
+    return network("tanh", keras.layers.BatchNormalization(), keras.layers.Dropout(0.25))
+
+
+def synchronized():
+    return network("tanh", keras.layers.BatchNormalization(synchronized=True))
 
 
 def regularizer(beta=BETA, num_sub_batches=4, **kwargs):
     return SubBatchPerturbation(0.05, beta, num_sub_batches, **kwargs)
 
 
-def train(strategy, base=RegularizedModel, outputs=network, fit=None, momentum=0.5, **kwargs):
-    """Train for an epoch of three batches of 8; return the model and its logs.
+def train(
+    strategy,
+    base=RegularizedModel,
+    outputs=network,
+    fit=None,
+    momentum=0.5,
+    num_examples=24,
+    **kwargs,
+):
+    """Train for an epoch of batches of 8; return the model and its logs.
 
     Args:
         strategy: The `tf.distribute.Strategy`.
@@ -51,6 +64,7 @@ def train(strategy, base=RegularizedModel, outputs=network, fit=None, momentum=0
         outputs: Function that returns the inputs and outputs of the model.
         fit: Other arguments of `fit`.
         momentum: Float, of the optimizer.
+        num_examples: Integer, the length of the epoch.
         **kwargs: Of `regularizer`, or the regulariser itself.
     """
     keras.utils.set_random_seed(0)
@@ -61,10 +75,9 @@ def train(strategy, base=RegularizedModel, outputs=network, fit=None, momentum=0
         # Numbers exact in float32, through which Keras takes them.
         optimizer = keras.optimizers.SGD(1 / 8, momentum=momentum)
         model.compile(optimizer, "mse", weighted_metrics=["mae"], **kwargs)
-    fit = {"sample_weight": WEIGHTS, **(fit or {})}
-    return model, model.fit(
-        X, Y, **{"batch_size": 8, "shuffle": False, "verbose": 0, **fit}
-    ).history
+    rows = slice(num_examples)
+    fit = {"sample_weight": WEIGHTS[rows], "batch_size": 8, "shuffle": False} | (fit or {})
+    return model, model.fit(X[rows], Y[rows], verbose=0, **fit).history
 
 
 def flat(variables):
@@ -72,8 +85,8 @@ def flat(variables):
 
 
 def replicas(model):
-    """Return the variables as each replica holds them."""
-    values = [v.value.values for v in [*model.weights, *model.optimizer.variables]]
+    """Return weights and optimizer as each replica holds them."""
+    values = [v.value.values for v in [*model.trainable_weights, *model.optimizer.variables]]
     return [np.concatenate([np.ravel(a[i].numpy()) for a in values]) for i in range(2)]
 
 
@@ -107,6 +120,93 @@ def test_update_equals_that_of_one_device_in_float32(mirrored):
     # Rounding is 6e-8 of a weight; three steps, with momentum, and their sums make a dozen of it.
     difference = flat(model.weights) - flat(expected.weights)
     assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(flat(expected.weights))
+    np.testing.assert_array_equal(*replicas(model))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"main_gradient": "full_batch"},
+        {"main_gradient": "sub_batches"},
+        {"estimator": "hessian_vector_product"},
+    ],
+    ids=str,
+)
+def test_synchronized_batch_normalization_equals_that_of_one_device(mirrored, float64, kwargs):
+    """The batch is normalised over all replicas, a sub-batch by itself, as on one device."""
+    model, logs = train(mirrored, outputs=synchronized, **kwargs)
+    expected, expected_logs = train(ONE_DEVICE, outputs=synchronized, **kwargs)
+    plain, _ = train(ONE_DEVICE, keras.Model, outputs=synchronized)
+    difference, contribution = (
+        np.linalg.norm(flat(m.weights) - flat(expected.weights)) for m in (model, plain)
+    )
+    # As above; the variance as a difference of means of squares takes some digits of it.
+    assert difference <= 1e-10 * contribution
+    np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-10)
+
+
+def test_sub_batch_drawn_to_be_perturbed_may_hold_synchronized_layers(mirrored):
+    model, logs = train(mirrored, outputs=synchronized, num_perturbed=2)
+    assert np.isfinite(logs["infomcr_reg"][0]) and np.all(np.isfinite(flat(model.weights)))
+    np.testing.assert_array_equal(*replicas(model))
+
+
+def test_slices_of_uneven_sizes_are_those_of_one_device(mirrored, float64):
+    """A last batch of 6 gives slices of 1, 2, 1 and 2 examples."""
+    fit = {"batch_size": 6}
+    model, _ = train(mirrored, fit=fit)
+    expected, _ = train(ONE_DEVICE, fit=fit)
+    np.testing.assert_allclose(flat(model.weights), flat(expected.weights), rtol=1e-11)
+
+
+def test_uneven_batch_differs_from_one_device_as_in_keras(mirrored, float64):
+    """Of the last 7 one replica takes 4, whose mean counts as much as that of the other 3.
+
+    So Keras's own update differs, and that by the regulariser, which has other slices besides: by
+    no more than its size.
+    """
+    weights = [
+        [flat(train(s, base, num_examples=23)[0].weights) for s in (mirrored, ONE_DEVICE)]
+        for base in (RegularizedModel, keras.Model)
+    ]
+    ours, plain = (np.linalg.norm(mirrored - single) for mirrored, single in weights)
+    contribution = np.linalg.norm(weights[0][1] - weights[1][1])
+    assert plain > 0
+    assert abs(ours - plain) <= contribution
+
+
+@pytest.mark.parametrize(("asked", "made"), [(1, 2), (3, 2), (5, 4)])
+def test_each_replica_takes_as_many_sub_batches(mirrored, float64, asked, made):
+    with pytest.warns(UserWarning, match=f"num_sub_batches={asked} .* makes {made} in all"):
+        model, _ = train(mirrored, num_sub_batches=asked)
+    expected, _ = train(ONE_DEVICE, num_sub_batches=made)
+    np.testing.assert_allclose(flat(model.weights), flat(expected.weights), rtol=1e-11)
+
+
+def test_replicas_stay_the_same_to_the_bit(mirrored):
+    model, logs = train(mirrored, outputs=normalized, fit={"epochs": 17}, beta=0.5)
+    assert model.optimizer.iterations.numpy() == 51
+    assert np.isfinite(logs["infomcr_reg"][-1])
+    np.testing.assert_array_equal(*replicas(model))
+
+
+@pytest.mark.parametrize("act", [True, False], ids=["open", "closed"])
+def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
+    """The last example, which the second replica sees, overflows float16."""
+    keras.config.set_dtype_policy("mixed_float16")
+    with mirrored.scope():
+        model = RegularizedModel(*network("linear"))
+        model.compile(keras.optimizers.SGD(1 / 8, momentum=0.5), "mse", regularizer=regularizer())
+    model.regularizer_active = act
+    x = X[:8].copy()
+    model.train_on_batch(x, Y[:8])
+    before, scale = flat(model.weights), float(model.optimizer.dynamic_scale.numpy())
+    x[-1] = 65000.0
+    model.train_on_batch(x, Y[:8])
+    np.testing.assert_array_equal(flat(model.weights), before)
+    assert float(model.optimizer.dynamic_scale.numpy()) == scale / 2
+    model.train_on_batch(X[:8], Y[:8])
+    assert np.all(np.isfinite(flat(model.weights))) and np.any(flat(model.weights) != before)
     np.testing.assert_array_equal(*replicas(model))
 
 
@@ -148,7 +248,7 @@ def test_half_precision_contributes_what_float32_does(mirrored):
     contributions = []
     for strategy, policy in ((ONE_DEVICE, "float32"), (mirrored, "mixed_bfloat16")):
         keras.config.set_dtype_policy(policy)
-        fit = {"batch_size": 24, "sample_weight": None, "shuffle": False, "verbose": 0}
+        fit = {"batch_size": 24, "sample_weight": None, "shuffle": False}
         model, _ = train(strategy, outputs=gelu, momentum=0.0, num_sub_batches=2, fit=fit)
         assert all(layer.dtype_policy.name == policy for layer in model.layers[:2])
         initial = model.get_weights()
@@ -156,10 +256,54 @@ def test_half_precision_contributes_what_float32_does(mirrored):
         for beta in (0.0, BETA):
             model.set_weights(initial)
             model.regularizer.beta = beta
-            model.fit(X, Y, **fit)
+            model.fit(X, Y, verbose=0, **fit)
             updated.append(flat(model.weights))
         contributions.append(updated[1] - updated[0])
     expected, got = contributions
     norms = np.linalg.norm(got), np.linalg.norm(expected)
     assert got @ expected >= 0.99 * norms[0] * norms[1]
     np.testing.assert_allclose(*norms, rtol=0.05)
+
+
+class DropRate(keras.callbacks.Callback):
+    """Lower the learning rate for good before the second epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 1 / 8 if epoch < 1 else 1 / 16
+
+
+class Stop(keras.callbacks.Callback):
+    """Break off where a machine might."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.model.optimizer.iterations.numpy() == 7:
+            raise InterruptedError
+
+
+def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_path):
+    """In the third epoch, after the drop of the learning rate that opens the gate."""
+
+    def callbacks(*more):
+        return [
+            DropRate(),
+            StartRegAfterLRDrop(),
+            RegularizationSchedule(lambda epoch: [0.0, 1.0, 2.0, 4.0][epoch]),
+            GammaHatCallback((X, Y), num_examples=8, num_trials=2),
+            keras.callbacks.BackupAndRestore(tmp_path),
+            *more,
+        ]
+
+    def run(strategy, *more):
+        fit = {"epochs": 4, "callbacks": callbacks(*more)}
+        return train(strategy, fit=fit, outputs=synchronized)
+
+    with pytest.raises(InterruptedError):
+        run(mirrored, Stop())
+    model, logs = run(mirrored)
+    assert len(logs["loss"]) == 2
+    expected, expected_logs = run(ONE_DEVICE)
+    np.testing.assert_allclose(flat(model.weights), flat(expected.weights), rtol=1e-9)
+    assert np.isnan(expected_logs["infomcr_reg"][0])
+    for name, values in logs.items():
+        np.testing.assert_allclose(values, expected_logs[name][2:], rtol=1e-9, err_msg=name)
+    np.testing.assert_array_equal(*replicas(model))

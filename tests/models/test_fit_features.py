@@ -22,6 +22,7 @@ from frameworks import (
     numpy,
     only_on,
     restore_generators,
+    slices,
     stateful_step,
 )
 
@@ -84,7 +85,7 @@ def literal_base(num_sub_batches=2):
             variables = self.trainable_variables
             states = [v for layer in self.layers for v in getattr(layer, "states", None) or []]
             total, size, value = [0.0 for _ in variables], batch_size(x), 0.0
-            for rows in np.array_split(np.arange(size), min(num_sub_batches, size)):
+            for rows in slices(size, num_sub_batches):
                 # Stateful layers see the whole batch and the loss its part: nothing is coupled.
                 part = (x if states else take(x, rows)), take(y, rows), take(weights, rows)
                 keep = rows if states else None

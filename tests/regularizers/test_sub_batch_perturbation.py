@@ -11,7 +11,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from frameworks import array, numpy
+from frameworks import array, numpy, slices
 
 from keras_infomcr import RegularizedModel, regularizers
 from keras_infomcr.objective import Objective
@@ -81,7 +81,7 @@ class Algorithm1:
     def regularizer(self, x, y, sample_weight):
         """Return R_alpha and its gradient."""
         value, gradient = 0.0, [np.zeros_like(p) for p in self.parameters]
-        for i in np.array_split(np.arange(len(x)), min(self.num_sub_batches, len(x))):
+        for i in slices(len(x), self.num_sub_batches):
             batch = x[i], y[i], sample_weight[i]
             loss, g = self.net.loss_and_gradients(self.parameters, *batch)
             moved = [p - ALPHA * d for p, d in zip(self.parameters, g)]
