@@ -26,9 +26,24 @@ def _in_true_float32(function):
     return precise
 
 
+def _alone(function):
+    """Hide the `keras.distribution`: a replica's layers must not lay out what they compute."""
+
+    @functools.wraps(function)
+    def alone(*args):
+        distribution = keras.distribution.distribution()
+        keras.distribution.set_distribution(None)
+        try:
+            return function(*args)
+        finally:
+            keras.distribution.set_distribution(distribution)
+
+    return alone
+
+
 def value_and_grad(function):
     """Return `f(weights, *args) -> ((value, auxiliary), gradients)`."""
-    return _in_true_float32(jax.value_and_grad(function, has_aux=True))
+    return _alone(_in_true_float32(jax.value_and_grad(function, has_aux=True)))
 
 
 def hessian_vector_product(function):
@@ -38,6 +53,7 @@ def hessian_vector_product(function):
         value, gradients = jax.value_and_grad(function, has_aux=True)(weights, *args)
         return gradients, value
 
+    @_alone
     @_in_true_float32
     def product(weights, vector, *args):
         gradients, product_with, value = jax.linearize(
@@ -327,14 +343,8 @@ def over_replicas(function):
     if not mesh or mesh.shape[axis] == 1:
         return function
 
-    distribution = keras.distribution.distribution()
-
     def on_replica(batch):
-        keras.distribution.set_distribution(None)
-        try:
-            means, predictions = function(batch)
-        finally:
-            keras.distribution.set_distribution(distribution)
+        means, predictions = function(batch)
         masks = [get_keras_mask(p) for p in keras.tree.flatten(predictions)]
         return jax.tree.map(mean, means), (predictions, masks)
 
@@ -342,13 +352,16 @@ def over_replicas(function):
         floating = jax.numpy.issubdtype(jax.numpy.result_type(array), jax.numpy.floating)
         return jax.lax.pmean(array, axis) if floating else array
 
-    mapped = jax.shard_map(
-        on_replica,
-        mesh=mesh,
-        in_specs=PartitionSpec(axis),
-        out_specs=(PartitionSpec(), PartitionSpec(axis)),
-        axis_names={axis},
-        check_vma=False,  # else gradients would be summed over replicas where they are taken
+    # Compiled, for outside of a program JAX cannot map along one axis of several.
+    mapped = jax.jit(
+        jax.shard_map(
+            on_replica,
+            mesh=mesh,
+            in_specs=PartitionSpec(axis),
+            out_specs=(PartitionSpec(), PartitionSpec(axis)),
+            axis_names={axis},
+            check_vma=False,  # else gradients would be summed over replicas where they are taken
+        )
     )
 
     def joined(batch):

@@ -1,10 +1,5 @@
 """Trials of gamma-hat on several devices."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import keras
 import numpy as np
 from frameworks import only_on
@@ -51,40 +46,25 @@ def test_mirrored_strategy_stops_at_the_same_trial(mirrored, digits):
 
 
 @only_on("jax", reason="`keras.distribution` is JAX's")
-def test_data_parallelism_gives_the_same_trials():
-    """In a process of its own, whose devices are made when JAX starts."""
-    program = """
-        import keras
-        import numpy as np
-        from sklearn.datasets import load_digits
-        from test_replicas import SETTINGS, network
-        from keras_infomcr import GammaHatCallback, backend
-        from keras_infomcr.flatness import gamma_hat
-
-        x, y = load_digits(return_X_y=True)
-        x, y = (x / 16).astype("float32"), y.astype("int32")
-        single = network()
-        expected = gamma_hat(single, x, y, **SETTINGS)
-        keras.distribution.set_distribution(keras.distribution.DataParallel())
+def test_data_parallelism_gives_the_same_trials(digits):
+    x, y = digits
+    single = network()
+    expected = gamma_hat(single, x, y, **SETTINGS)
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    try:
         model = network()
         model.set_weights(single.get_weights())
-        assert len(backend.devices(model)) == 2
+        assert len(backend.devices(model)) == 4
         result = gamma_hat(model, x, y, **SETTINGS)
-        np.testing.assert_allclose(result.trials, expected.trials, 1e-9)
         callback = GammaHatCallback((x, y), **SETTINGS)
         model.fit(x[:1500], y[:1500], batch_size=300, callbacks=[callback], verbose=0)
-        single.set_weights(model.get_weights())
-        np.testing.assert_allclose(
-            callback.result.trials, gamma_hat(single, x, y, **SETTINGS).trials, 1e-9
-        )
-    """
-    paths = [os.path.dirname(__file__), *sys.path]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    subprocess.run(command, env=environment, check=True)
+        weights = model.get_weights()
+    finally:
+        keras.distribution.set_distribution(None)
+    np.testing.assert_allclose(result.trials, expected.trials, 1e-9)
+    single.set_weights(weights)
+    expected = gamma_hat(single, x, y, **SETTINGS)
+    np.testing.assert_allclose(callback.result.trials, expected.trials, 1e-9)
 
 
 def test_one_device_has_no_name():
