@@ -50,7 +50,7 @@ def hessian_vector_product(function):
 def _alone():
     """Return the replica's context in a strategy that has no other."""
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    if context is None or not tf.distribute.has_strategy():
         return contextlib.nullcontext()
     with tf.Graph().as_default():  # which no scope of a strategy has been entered for
         strategy = tf.distribute.get_strategy()

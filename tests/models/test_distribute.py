@@ -39,6 +39,10 @@ def normalized():
     return network("tanh", keras.layers.BatchNormalization(), keras.layers.Dropout(0.25))
 
 
+def normalized_by_replica():
+    return network("tanh", keras.layers.BatchNormalization())
+
+
 def synchronized():
     return network("tanh", keras.layers.BatchNormalization(synchronized=True))
 
@@ -315,3 +319,18 @@ def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_p
     for name, values in logs.items():
         np.testing.assert_allclose(values, expected_logs[name][2:], rtol=1e-9, err_msg=name)
     np.testing.assert_array_equal(*replicas(model))
+
+
+def test_strategy_of_one_device_is_no_strategy(float64):
+    model, _ = train(tf.distribute.MirroredStrategy(["CPU:0"]), outputs=synchronized)
+    expected, _ = train(ONE_DEVICE, outputs=synchronized)
+    assert_same(model, expected)
+
+
+def test_first_pass_of_one_slice_a_replica_is_the_training_pass(mirrored, float64):
+    """With as many sub-batches as replicas, each of which normalises its share by itself anyway."""
+    options = {"outputs": normalized_by_replica, "num_sub_batches": 2}
+    model, logs = train(mirrored, main_gradient="sub_batches", **options)
+    expected, expected_logs = train(mirrored, main_gradient="full_batch", **options)
+    assert_same(model, expected)
+    np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-11)
