@@ -50,7 +50,7 @@ def main():
         for link, bandwidth in LINKS.items():
             communicate = 1e3 * 2 * (NUM_GPUS - 1) / NUM_GPUS * 4 * weights / bandwidth
             shares = [f"{100 * k * compute / (k * compute + communicate):.0f} %" for k in (1, 2, 3)]
-            cells = name, f"{weights:.2e}", f"{compute:.3g}", link, f"{communicate:.2g}"
+            cells = name, f"{weights / 1e6:,.1f} M", f"{compute:,.1f}", link, f"{communicate:,.2f}"
             print(f"| {' | '.join([*cells, *shares])} |")
 
 

@@ -833,3 +833,22 @@ def test_numbers_of_a_compiled_function_are_traced():
 
 def test_no_device_is_the_usual_one():
     assert numpy(backend.on_device(None, lambda x: x + 1.0, array(1.0))) == 2.0
+
+
+# --------------------------------------------------------------------------------- replicas
+
+
+def test_one_device_is_one_replica_and_the_chief():
+    model = Net(NAMED["dense"], "float32").model
+    assert backend.num_replicas(model) == backend.num_parallel_steps(model) == 1
+    assert backend.is_chief(model)
+    backend.wait_for_workers(model)
+    assert backend.own_batch(model, iterator=None) is None
+
+
+def test_one_replica_keeps_what_is_its_own():
+    model, logs = Net(NAMED["dense"], "float32").model, {"loss": array(2.0, "float32")}
+    assert backend.reducible(model, logs) is logs
+    means, predictions = backend.over_replicas(lambda batch: (batch[0] + 1, batch[1]))((1, 2))
+    assert (means, predictions) == (2, 2)
+    np.testing.assert_array_equal(numpy(backend.mean_over_steps(array([3.0, 4.0]))), [3.0, 4.0])
