@@ -29,22 +29,17 @@ from step_cost import NETWORKS, ROOT, mlp
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
 
-NUM_SUB_BATCHES, BATCH_SIZE = 8, 64
+NUM_SUB_BATCHES, BATCH_SIZE = 4, 64
 STEPS = {
     "plain": None,
     "sub_batches": {"main_gradient": "sub_batches"},
     "full_batch": {"main_gradient": "full_batch"},
-    "full_batch, M/2 perturbed": {"main_gradient": "full_batch", "num_perturbed": 4},
-    "full_batch, Hessian-vector product": {
-        "main_gradient": "full_batch",
-        "estimator": "hessian_vector_product",
-    },
 }
 SYNCHRONIZED = ", synchronised"
 
 
 def make(network, options):
-    """Return a compiled model and a batch; without options a plain `keras.Model`."""
+    """Return a compiled model; without options a plain `keras.Model`."""
     keras.utils.set_random_seed(0)
     name = network.removesuffix(SYNCHRONIZED)
     base = keras.Model if options is None else RegularizedModel
@@ -60,9 +55,15 @@ def make(network, options):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **(options or {}),
     )
+    return model
+
+
+def batch_of(network):
+    """Return inputs and labels."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(BATCH_SIZE, *model.input_shape[1:])).astype("float32")
-    return model, (x, rng.integers(10, size=BATCH_SIZE).astype("int32"))
+    shape = (28, 28, 1) if network == "mlp" else (32, 32, 3)
+    x = rng.normal(size=(BATCH_SIZE, *shape)).astype("float32")
+    return x, rng.integers(10, size=BATCH_SIZE).astype("int32")
 
 
 def count_tensorflow(num_devices):
@@ -85,11 +86,11 @@ def count_tensorflow(num_devices):
     strategy = tf.distribute.MirroredStrategy(devices[:num_devices], Counted())
 
     def count(network, options):
+        dataset = tf.data.Dataset.from_tensor_slices(batch_of(network)).batch(BATCH_SIZE)
         with strategy.scope():
-            model, batch = make(network, options)
-        dataset = tf.data.Dataset.from_tensor_slices(batch).batch(BATCH_SIZE)
-        model.fit(dataset, verbose=0)  # what is built now is counted too, and thrown away
-        model.make_train_function(force=True)
+            model = make(network, options)
+            model.optimizer.build(model.trainable_variables)
+        model.evaluate(dataset, verbose=0)  # builds what Keras keeps of losses
         found.clear()
         [batch] = strategy.experimental_distribute_dataset(dataset)
         step = tf.function(lambda b: strategy.run(model.train_step, (b,)), autograph=False)
@@ -111,7 +112,7 @@ def count_jax(num_devices):
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
     def count(network, options):
-        model, batch = make(network, options)
+        model, batch = make(network, options), batch_of(network)
         model.optimizer.build(model.trainable_variables)
         data = [
             jax.device_put(a, distribution.get_data_layout(a.shape).backend_layout) for a in batch

@@ -99,7 +99,7 @@ class Objective:
     def seeds(self, state):
         """Return the indices of the seeds and counters in a state, which are not to be averaged.
 
-        A sub-batch takes them from the one before, so that no two share masks.
+        A sub-batch takes them from the one before, so that no two of a replica share masks.
         """
         dtypes = [keras.backend.standardize_dtype(array.dtype) for array in state]
         return [k for k, dtype in enumerate(dtypes) if "float" not in dtype]

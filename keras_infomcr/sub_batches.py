@@ -66,7 +66,8 @@ class SubBatches:
         if isinstance(length, int):
             weight = length * len(self) / self._size
         else:
-            weight = ops.cast(length * len(self), "float64") / ops.cast(self._size, "float64")
+            size = ops.maximum(self._size, 1)  # a replica may be left with no example
+            weight = ops.cast(length * len(self), "float64") / ops.cast(size, "float64")
             start, length = ops.minimum(start, self._size - 1), ops.maximum(length, 1)
         rows = start + ops.arange(self._size, dtype="int32") % length if self._fixed_size else None
         return weight, Batch(*_take(self._batch[:3], start, length, rows), rows)
@@ -79,7 +80,7 @@ class SubBatches:
                 return i * length, length
             start, end = (k * self._size // self._count for k in (i, i + 1))
             return start, end - start
-        count = ops.minimum(self._count, self._size)
+        count = ops.maximum(ops.minimum(self._count, self._size), 1)
         start, end = (ops.minimum(k * self._size // count, self._size) for k in (i, i + 1))
         return start, end - start
 

@@ -59,7 +59,7 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
   gradients of one overflow.
 * `own_batch(model, iterator)`: the first batch of what Keras iterates over, the share of one
   replica, if the model is to be built from that; else `None`.
-* `reducible(model, logs)`: the logs of a step in a form that Keras can average over workers.
+* `reducible(model, step)`: a train or test step whose logs Keras can average over workers.
 * `is_chief(model)`: whether this process is the one that writes files.
 * `wait_for_workers(model)`: return when all processes that train the model have come here.
 * `low_precision_products()`: whether float32 matrix products round like half precision.

@@ -27,11 +27,13 @@ def _in_true_float32(function):
 
 
 def _alone(function):
-    """Hide the `keras.distribution`: a replica's layers must not lay out what they compute."""
+    """Hide the `keras.distribution` of replicas, whose layers must not lay out their outputs."""
 
     @functools.wraps(function)
     def alone(*args):
         distribution = keras.distribution.distribution()
+        if num_replicas(None) == 1:
+            return function(*args)
         keras.distribution.set_distribution(None)
         try:
             return function(*args)
@@ -339,9 +341,9 @@ def over_replicas(function):
     Left to itself XLA would cut each slice of the batch anew over all devices, and sum each of
     its gradients over them.
     """
-    mesh, axis = _batch_axis()
-    if not mesh or mesh.shape[axis] == 1:
+    if num_replicas(None) == 1:
         return function
+    mesh, axis = _batch_axis()
 
     def on_replica(batch):
         means, predictions = function(batch)
@@ -382,9 +384,9 @@ def own_batch(model, iterator):
     """Return `None`: Keras builds the model from any batch."""
 
 
-def reducible(model, logs):
-    """Return the logs."""
-    return logs
+def reducible(model, step):
+    """Return the step."""
+    return step
 
 
 def is_chief(model):

@@ -325,11 +325,11 @@ def own_batch(model, iterator):
     return keras.tree.map_structure(lambda a: local(a)[0], next(batches))
 
 
-def reducible(model, logs):
-    """Return logs of shape [1] for several workers: Keras means them along their first axis."""
+def reducible(model, step):
+    """Give the logs an axis for several workers: Keras means them along their first."""
     if not _several_workers(model):
-        return logs
-    return keras.tree.map_structure(lambda a: tf.reshape(a, (1,)), logs)
+        return step
+    return lambda data: keras.tree.map_structure(lambda a: tf.expand_dims(a, 0), step(data))
 
 
 def _several_workers(model):

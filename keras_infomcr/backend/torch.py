@@ -284,9 +284,9 @@ def own_batch(model, iterator):
     """Return `None`: Keras builds the model from any batch."""
 
 
-def reducible(model, logs):
-    """Return the logs."""
-    return logs
+def reducible(model, step):
+    """Return the step."""
+    return step
 
 
 def is_chief(model):

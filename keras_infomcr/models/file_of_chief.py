@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import tempfile
 
 from keras_infomcr import backend
@@ -13,10 +14,17 @@ def file_of_chief(model, filepath):
 
     All processes must take part: to read some variables is to sum them over workers. The file of
     the chief is the one to stay, and is complete when any of them goes on.
+
+    Args:
+        model: The model.
+        filepath: Where to save it. What is not a path is each process's own, and is left to it.
     """
-    if backend.is_chief(model):
-        yield filepath
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield os.path.join(folder, os.path.basename(filepath))
-    backend.wait_for_workers(model)
+    is_path = isinstance(filepath, (str, os.PathLike))
+    try:
+        if backend.is_chief(model) or not is_path:
+            yield filepath
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                yield os.path.join(folder, pathlib.Path(filepath).name)
+    finally:
+        backend.wait_for_workers(model)

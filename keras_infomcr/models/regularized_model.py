@@ -178,15 +178,16 @@ class RegularizedModel(keras.Model):
 
     def train_step(self, *args):
         if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
-            return backend.reducible(self, super().train_step(*args))
+            return super().train_step(*args)
 
         def step(data):
             return train_step(objective.Objective(self), self._regularizer, self._monitor, data)
 
-        return backend.reducible(self, backend.train_step(step, self, *args))
+        return backend.train_step(step, self, *args)
 
-    def test_step(self, *args):
-        return backend.reducible(self, super().test_step(*args))
+    def _make_function(self, step_function, *args, **kwargs):
+        step_function = backend.reducible(self, step_function)
+        return super()._make_function(step_function, *args, **kwargs)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         if iterator is not None:
@@ -194,12 +195,12 @@ class RegularizedModel(keras.Model):
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
     def save(self, filepath, *args, **kwargs):
-        """Save the model, as `keras.Model.save`; of several workers only the chief writes."""
+        """Save the model, as `keras.Model.save`; of several processes only the chief writes."""
         with file_of_chief(self, filepath) as path:
             super().save(path, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
-        """Save the weights, as `keras.Model.save_weights`; of several workers only the chief."""
+        """Save the weights, as `keras.Model.save_weights`; of several processes the chief."""
         with file_of_chief(self, filepath) as path:
             super().save_weights(path, *args, **kwargs)
 

@@ -10,6 +10,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from keras_infomcr import backend
 from keras_infomcr.objective import copied
+from keras_infomcr.regularizers import coupling
 from keras_infomcr.scalars import times
 
 
@@ -48,7 +49,9 @@ def train_step(objective, regularizer, monitor, data):
         joined = keras.tree.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
         return (result.value, terms, result.loss, result.state), joined
 
-    (value, terms, *main_pass), predictions = backend.over_replicas(on_replica)(batch)
+    if not coupling.has_state_by_example(model):  # whose state is that of the whole batch
+        on_replica = backend.over_replicas(on_replica)
+    (value, terms, *main_pass), predictions = on_replica(batch)
     monitor.update(value, backend.batch_size(batch), num_parallel_steps)
     if gives_main_gradient:
         y_pred = predictions

@@ -55,7 +55,7 @@ class SubBatchPerturbation(Regularizer):
             drawn at random for each step, are perturbed, and their mean stands for that of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
             instead of 2, or 1 + 2 k/M instead of 3. The draw follows from the optimizer's step
-            count. Defaults to `None`: all.
+            count. Of R replicas each perturbs k/R, as with M. Defaults to `None`: all.
         estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
             its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
             constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).
@@ -105,7 +105,7 @@ class SubBatchPerturbation(Regularizer):
         """Return the `SubBatchAverages` of a batch, with the main pass if they are to give it."""
         model = objective.model
         self.check_weights(model)  # built, perhaps, only now
-        count = _share(self.num_sub_batches, backend.num_replicas(model))
+        count = _share(self.num_sub_batches, _num_replicas(model))
         sub_batches = objective.sub_batches(batch, count)
         weights, state = objective.weights(), objective.state()
         main_pass = self.gives_main_gradient(model)
@@ -138,7 +138,7 @@ class SubBatchPerturbation(Regularizer):
         """Return how many of the sub-batches of this replica are perturbed."""
         if self.num_perturbed is None:
             return count
-        return min(count, _share(self.num_perturbed, backend.num_replicas(model)))
+        return min(count, _share(self.num_perturbed, _num_replicas(model)))
 
     def _random_ranks(self, count, step):
         """Return the numbers below `count` in an order that the step's number determines."""
@@ -172,16 +172,18 @@ class SubBatchPerturbation(Regularizer):
 
     def check(self, model):
         """Warn of a device that drowns the finite difference, and of another number of slices."""
-        replicas = backend.num_replicas(model)
-        if self.num_sub_batches % replicas:
-            count = _share(self.num_sub_batches, replicas)
-            warnings.warn(
-                "`num_sub_batches` must be a multiple of the number of replicas to be kept to, for "
-                "each takes as many sub-batches as the others, and at least one. Received: "
-                f"num_sub_batches={self.num_sub_batches} with {replicas} replicas. Each takes "
-                f"{count}, which makes {count * replicas} in all.",
-                stacklevel=3,
-            )
+        replicas = _num_replicas(model)
+        for name in ("num_sub_batches", "num_perturbed"):
+            asked = getattr(self, name)
+            if asked is not None and asked % replicas:
+                count = _share(asked, replicas)
+                warnings.warn(
+                    f"`{name}` must be a multiple of the number of replicas to be kept to, for "
+                    "each takes as many sub-batches as the others, and at least one. Received: "
+                    f"{name}={asked} with {replicas} replicas. Each takes {count}, which makes "
+                    f"{count * replicas} in all.",
+                    stacklevel=3,
+                )
         if backend.low_precision_products():
             warnings.warn(
                 "TensorFloat-32 is on: float32 matrix products round like half precision, and "
@@ -210,6 +212,11 @@ class SubBatchPerturbation(Regularizer):
             "num_perturbed": self.num_perturbed,
             "estimator": self.estimator,
         }
+
+
+def _num_replicas(model):
+    """Return how many replicas cut their own shares of a batch."""
+    return 1 if coupling.has_state_by_example(model) else backend.num_replicas(model)
 
 
 def _share(count, replicas):

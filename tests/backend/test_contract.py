@@ -36,7 +36,7 @@ ROUNDING, STENCIL, DIFFERENCE, SINGLE = 1e-12, 1e-9, 1e-10, 1e-4
 
 ALPHA = 0.03
 ESTIMATORS = "finite_difference", "hessian_vector_product"
-SIZES = [3, 2]  # of the sub-batches of a batch of 5
+SIZES = [2, 3]  # of the sub-batches of a batch of 5
 VOCABULARY = 5
 FIXED = {
     "moving_mean": np.array([0.5, -0.25, 0.125]),
@@ -847,8 +847,8 @@ def test_one_device_is_one_replica_and_the_chief():
 
 
 def test_one_replica_keeps_what_is_its_own():
-    model, logs = Net(NAMED["dense"], "float32").model, {"loss": array(2.0, "float32")}
-    assert backend.reducible(model, logs) is logs
+    model = Net(NAMED["dense"], "float32").model
+    assert backend.reducible(model, len) is len
     means, predictions = backend.over_replicas(lambda batch: (batch[0] + 1, batch[1]))((1, 2))
     assert (means, predictions) == (2, 2)
     np.testing.assert_array_equal(numpy(backend.mean_over_steps(array([3.0, 4.0]))), [3.0, 4.0])
