@@ -274,10 +274,11 @@ def test_gate_and_live_beta_act_on_all_replicas(mirrored, float64):
 
 
 @pytest.mark.slow
-def test_half_precision_contributes_what_float32_does(mirrored):
+@pytest.mark.parametrize("half", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_contributes_what_float32_does(mirrored, half):
     """Replicas are traced in threads of their own, each with its own dtype."""
     contributions = []
-    for strategy, policy in ((ONE_DEVICE, "float32"), (mirrored, "mixed_bfloat16")):
+    for strategy, policy in ((ONE_DEVICE, "float32"), (mirrored, half)):
         keras.config.set_dtype_policy(policy)
         fit = {"batch_size": 24, "sample_weight": None, "shuffle": False}
         model, _ = train(strategy, outputs=gelu, momentum=0.0, num_sub_batches=2, fit=fit)
