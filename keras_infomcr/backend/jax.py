@@ -390,13 +390,13 @@ def reducible(model, step):
 
 
 def is_chief(model):
-    """Return whether this is the first process."""
-    return jax.process_index() == 0
+    """Return whether this is the first process of a `keras.distribution`."""
+    return keras.distribution.distribution() is None or jax.process_index() == 0
 
 
 def wait_for_workers(model):
-    """Wait for all processes."""
-    if jax.process_count() > 1:
+    """Wait for all processes of a `keras.distribution`."""
+    if keras.distribution.distribution() is not None and jax.process_count() > 1:
         multihost_utils.sync_global_devices("keras_infomcr")
 
 

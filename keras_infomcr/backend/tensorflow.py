@@ -320,9 +320,9 @@ def own_batch(model, iterator):
     """Return what the first replica here gets of the first batch."""
     if model._distribute_strategy is None:
         return None
-    _, _, batches = next(iter(iterator))
     local = model.distribute_strategy.experimental_local_results
-    return keras.tree.map_structure(lambda a: local(a)[0], next(batches))
+    for _, _, batches in iterator:
+        return keras.tree.map_structure(lambda a: local(a)[0], next(batches))
 
 
 def reducible(model, step):
