@@ -44,7 +44,7 @@ def train_step(objective, regularizer, monitor, data):
         terms = _scaled(factor, result.gradient)
         if not gives_main_gradient:
             return (result.value, terms), None
-        terms = [_add(g, t) for g, t in zip(_scaled(unit, result.loss_gradient), terms)]
+        terms = _added(_scaled(unit, result.loss_gradient), terms)
         size = backend.batch_size(batch)
         joined = keras.tree.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
         return (result.value, terms, result.loss, result.state), joined
@@ -56,11 +56,10 @@ def train_step(objective, regularizer, monitor, data):
     if gives_main_gradient:
         y_pred = predictions
         penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
-        gradients = _scaled(unit, penalty_gradients)
-        gradients = [_add(g, t) for g, t in zip(gradients, terms)]
+        penalties = _scaled(unit, penalty_gradients)
+        gradients = [p if t is None else _add(t, p) for p, t in zip(penalties, terms)]
     else:
-        # A weight that the loss does not depend on stays without a gradient.
-        gradients = [g if g is None else _add(g, t) for g, t in zip(gradients, terms)]
+        gradients = _added(gradients, terms)
     backend.apply(model.optimizer, gradients, model.trainable_variables)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -110,11 +109,14 @@ def _scaled(factor, gradients):
     return [None if g is None else times(factor, g) for g in gradients]
 
 
+def _added(gradients, terms):
+    """Add terms. A weight that the loss does not depend on stays without a gradient."""
+    return [g if g is None else _add(g, t) for g, t in zip(gradients, terms)]
+
+
 def _add(gradient, term):
-    """Return gradient + term, `None` counting as zero."""
-    if gradient is None or term is None:
-        return term if gradient is None else gradient
-    return backend.add(gradient, term)
+    """Return gradient + term, a term of `None` counting as zero."""
+    return gradient if term is None else backend.add(gradient, term)
 
 
 def _concatenate(parts, size):

@@ -165,6 +165,7 @@ def test_slices_of_uneven_sizes_are_those_of_one_device(mirrored, float64):
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 def test_uneven_batch_differs_from_one_device_as_in_keras(mirrored, float64):
     """Of the last 7 one replica takes 4, whose mean counts as much as that of the other 3.
 
@@ -178,6 +179,7 @@ def test_uneven_batch_differs_from_one_device_as_in_keras(mirrored, float64):
     assert 0 < np.linalg.norm(contribution) <= np.linalg.norm(plain - plain_on_one)
 
 
+@pytest.mark.slow
 def test_replica_left_without_examples_adds_nothing(mirrored, float64):
     """The last batch is one example; the replica that has it counts half, as in Keras."""
     model, logs = train(mirrored, num_examples=17, momentum=0.0)
@@ -189,6 +191,7 @@ def test_replica_left_without_examples_adds_nothing(mirrored, float64):
     np.testing.assert_allclose(2 * last[penalized:], expected[penalized:], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_mean_over_drawn_sub_batches_is_that_of_all(mirrored, float64):
     """At a rate of 0 the weights stay, and each epoch, of one step, logs the value of one draw.
 

@@ -516,9 +516,9 @@ def test_sub_batches_on_request_average_the_statistics_of_sub_batches(float64, r
     regularizer = SubBatchPerturbation(num_sub_batches=2, main_gradient="sub_batches")
     model.compile("sgd", "mse", regularizer=regularizer)
     model.train_on_batch(x, y)
-    parts = [x[:4], x[4:]]
-    means = np.average([p.mean(0) for p in parts], axis=0, weights=[4, 3])
-    variances = np.average([p.var(0) for p in parts], axis=0, weights=[4, 3])
+    parts = [x[:3], x[3:]]
+    means = np.average([p.mean(0) for p in parts], axis=0, weights=[3, 4])
+    variances = np.average([p.var(0) for p in parts], axis=0, weights=[3, 4])
     moving_mean, moving_variance = model.non_trainable_variables
     np.testing.assert_allclose(moving_mean, 0.1 * means, rtol=1e-12)
     np.testing.assert_allclose(moving_variance, 0.9 + 0.1 * variances, rtol=1e-12)
