@@ -157,6 +157,7 @@ def test_synchronized_batch_normalization_equals_that_of_one_device(mirrored, fl
     np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_slices_of_uneven_sizes_are_those_of_one_device(mirrored, float64):
     """A last batch of 6 gives slices of 1, 2, 1 and 2 examples."""
     fit = {"batch_size": 6}
@@ -217,6 +218,7 @@ def test_each_replica_takes_as_many_sub_batches(mirrored, float64, asked, made):
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 def test_replicas_stay_the_same_to_the_bit(mirrored):
     model, logs = train(mirrored, outputs=normalized, fit={"epochs": 17}, beta=0.5)
     assert model.optimizer.iterations.numpy() == 51
@@ -224,7 +226,7 @@ def test_replicas_stay_the_same_to_the_bit(mirrored):
     np.testing.assert_array_equal(*replicas(model))
 
 
-@pytest.mark.parametrize("act", [True, False], ids=["open", "closed"])
+@pytest.mark.parametrize("act", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
     """The last example, which the second replica sees, overflows float16."""
     keras.config.set_dtype_policy("mixed_float16")
@@ -350,6 +352,7 @@ def test_strategy_of_one_device_is_no_strategy(float64):
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 def test_first_pass_of_one_slice_a_replica_is_the_training_pass(mirrored, float64):
     """With as many sub-batches as replicas, each of which normalises its share by itself anyway."""
     options = {"outputs": normalized_by_replica, "num_sub_batches": 2}
