@@ -256,6 +256,7 @@ def test_zero_beta_equals_plain_keras_to_the_bit(mirrored):
     np.testing.assert_array_equal(flat(model.variables), flat(plain.variables))
 
 
+@pytest.mark.slow
 def test_gate_and_live_beta_act_on_all_replicas(mirrored, float64):
     """The first step is plain; the second has twice the coefficient of the third."""
     weights = []
@@ -317,6 +318,7 @@ class Stop(keras.callbacks.Callback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_path):
     """In the third epoch, after the drop of the learning rate that opens the gate."""
 
