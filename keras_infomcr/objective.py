@@ -2,7 +2,7 @@
 
 Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` (the one list of
 all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss` with or without
-`training`), `_call_has_training_arg`, `_dtype_policy` (see `_true_float32`).
+`training`), `_call_has_training_arg`, `_dtype_policy` (see `_true_float32`), `_loss_ids`.
 """
 
 import contextlib
@@ -85,6 +85,7 @@ class Objective:
         with (
             _true_float32(model),
             _weight_penalties_excluded(),
+            _loss_ids_forgotten(model),
             _random_state(state[num_variables:]),
             scope,
             backend.modules_at_variables(model),
@@ -150,6 +151,24 @@ def _weight_penalties_excluded():
         yield
     finally:
         _here.without_penalties = before
+
+
+@contextlib.contextmanager
+def _loss_ids_forgotten(model):
+    """Keep Keras from dropping an activity penalty.
+
+    It drops what a layer's last call has added, known by `id`, which a new object may have got.
+    """
+    _forget_loss_ids(model)
+    try:
+        yield
+    finally:
+        _forget_loss_ids(model)
+
+
+def _forget_loss_ids(model):
+    for layer in model._flatten_layers():
+        layer._loss_ids.clear()
 
 
 class _TrueFloat32(keras.DTypePolicy):

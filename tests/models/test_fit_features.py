@@ -27,7 +27,9 @@ from frameworks import (
 )
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.objective import Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
+from keras_infomcr.sub_batches import Batch
 
 ALPHA, BETA = 0.05, 2.0
 
@@ -376,6 +378,31 @@ def test_training_by_add_loss_alone(main):
 
 def test_activity_penalty():
     check(lambda base: two_layers(base, activity_regularizer="l2"), fitting(), compiling(**EAGER))
+
+
+def test_a_loss_at_the_address_of_one_long_gone():
+    class EveryAddress(set):
+        gone = False
+
+        def __contains__(self, address):
+            return not self.gone or super().__contains__(address)
+
+        def clear(self):
+            self.gone = True
+
+    def loss():
+        value, _ = objective(objective.weights(), objective.state(), Batch(X, Y))
+        return float(numpy(value))
+
+    model = two_layers(keras.Model, activity_regularizer="l2")
+    model.compile("sgd", "mse")
+    objective = Objective(model)
+    before = loss()
+    ids = [EveryAddress() for _ in model.layers]
+    for layer, addresses in zip(model.layers, ids):
+        object.__setattr__(layer, "_loss_ids", addresses)
+    assert loss() == before
+    assert all(addresses.gone for addresses in ids)
 
 
 @with_main_gradient
