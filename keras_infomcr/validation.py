@@ -14,6 +14,11 @@ def non_negative(**arguments):
     _require(arguments, lambda v: _is_finite(v) and v >= 0, "a finite number, 0 or greater")
 
 
+def number(**arguments):
+    """Require numbers other than NaN and infinity; -infinity is one, a logarithm of 0."""
+    _require(arguments, lambda v: _is_finite(v) or v == -math.inf, "a number or -inf")
+
+
 def fraction(**arguments):
     """Require numbers greater than zero, one at most."""
     _require(arguments, lambda v: _is_finite(v) and 0 < v <= 1, "a number in (0, 1]")

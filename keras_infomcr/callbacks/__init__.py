@@ -1,7 +1,13 @@
 """Callbacks that measure flatness and steer regularisers in `fit`."""
 
+from keras_infomcr.callbacks.flatness_callback import FlatnessCallback
 from keras_infomcr.callbacks.gamma_hat_callback import GammaHatCallback
 from keras_infomcr.callbacks.regularization_schedule import RegularizationSchedule
 from keras_infomcr.callbacks.start_reg_after_lr_drop import StartRegAfterLRDrop
 
-__all__ = ["GammaHatCallback", "RegularizationSchedule", "StartRegAfterLRDrop"]
+__all__ = [
+    "FlatnessCallback",
+    "GammaHatCallback",
+    "RegularizationSchedule",
+    "StartRegAfterLRDrop",
+]

@@ -1,17 +1,13 @@
 """gamma-hat in the logs of `fit`."""
 
-import math
-import time
 from typing import Any
 
-import keras
-
-from keras_infomcr import validation
+from keras_infomcr.callbacks.measuring_callback import MeasuringCallback
 from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 
 
-class GammaHatCallback(keras.callbacks.Callback):
+class GammaHatCallback(MeasuringCallback):
     """Log InfoMCR's metric gamma-hat at the end of epochs.
 
     Adds `gamma_hat` and `gamma_hat_stderr` to the logs of each epoch, NaN for an epoch without a
@@ -57,6 +53,8 @@ class GammaHatCallback(keras.callbacks.Callback):
     Regularization", ICML 2020, Eq. 6 (https://arxiv.org/abs/1911.08192).
     """
 
+    names = "gamma_hat", "gamma_hat_stderr"
+
     def __init__(
         self,
         data: Any,
@@ -71,12 +69,7 @@ class GammaHatCallback(keras.callbacks.Callback):
         verbose: int = 0,
         relative_tolerance: float = 0.01,
     ):
-        super().__init__()
-        validation.integer(minimum=1, frequency=frequency)
-        validation.one_of(0, 1, verbose=verbose)
-        self.data = data
-        self.frequency = frequency
-        self.verbose = verbose
+        super().__init__(data, frequency, verbose)
         self.result = None
         self._settings = checked_settings(
             num_examples=num_examples,
@@ -90,16 +83,10 @@ class GammaHatCallback(keras.callbacks.Callback):
         )
 
     def on_train_begin(self, logs=None):
-        x, y = self.data, None
-        if isinstance(x, tuple):
-            x, y, _ = keras.utils.unpack_x_y_sample_weight(x)
-        self._estimator = GammaHatEstimator(self.model, x, y, **self._settings)
-        self._measured = self._prepared = False
-        self._num_measured = 0
+        super().on_train_begin(logs)
+        self._estimator = GammaHatEstimator(self.model, *self.examples(), **self._settings)
+        self._prepared = False
         self._prepare()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._epoch_start = time.perf_counter()
 
     def on_train_batch_begin(self, batch, logs=None):
         self._prepare()
@@ -111,30 +98,7 @@ class GammaHatCallback(keras.callbacks.Callback):
             self._estimator.prepare()
             self._prepared = True
 
-    def on_epoch_end(self, epoch, logs=None):
-        logs = {} if logs is None else logs
-        last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        self._measured = last or (epoch + 1) % self.frequency == 0
-        if self._measured:
-            self._measure(logs, f"Epoch {epoch + 1}")
-        else:
-            logs["gamma_hat"] = logs["gamma_hat_stderr"] = math.nan
-
-    def on_train_end(self, logs=None):
-        # A callback after this one may have stopped training.
-        if not self._measured and logs:
-            self._measure(logs, "End of training")
-
-    def _measure(self, logs, when):
-        start = time.perf_counter()
-        epoch_seconds = start - self._epoch_start
+    def measure(self):
+        """Return gamma-hat with its standard error, as logs."""
         self.result = GammaHat.of(self._estimator.measure())
-        logs["gamma_hat"] = self.result.value
-        logs["gamma_hat_stderr"] = self.result.stderr
-        seconds = time.perf_counter() - start
-        self._num_measured += 1
-        if self.verbose:
-            estimate = f"{self.result.value:.2f} +- {self.result.stderr:.2f}"
-            print(f"{when}: gamma_hat {estimate} ({seconds:.1f} s)")
-            if self._num_measured == 2:
-                print(f"gamma_hat takes {100 * seconds / epoch_seconds:.1f} % of an epoch's time")
+        return dict(zip(self.names, (self.result.value, self.result.stderr)))

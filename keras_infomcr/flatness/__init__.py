@@ -1,16 +1,59 @@
 """Measures of how flat a minimum is: `f(model, x, y, ...) -> result`."""
 
 from keras_infomcr.flatness import plot
+from keras_infomcr.flatness.adaptive_sharpness import adaptive_sharpness
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.fisher import (
+    fisher_frobenius_norm,
+    fisher_spectral_radius,
+    fisher_trace,
+)
 from keras_infomcr.flatness.gamma import Gamma, gamma
 from keras_infomcr.flatness.gamma_hat import GammaHat, gamma_hat
 from keras_infomcr.flatness.gamma_hat_by_layer import GammaHatByLayer, gamma_hat_by_layer
+from keras_infomcr.flatness.hessian_frobenius_norm import hessian_frobenius_norm
+from keras_infomcr.flatness.hessian_spectral_density import (
+    SpectralDensity,
+    hessian_spectral_density,
+)
+from keras_infomcr.flatness.hessian_spectral_radius import (
+    SpectralRadius,
+    TopEigenvalues,
+    hessian_spectral_radius,
+    hessian_top_eigenvalues,
+)
+from keras_infomcr.flatness.hessian_trace import hessian_trace
+from keras_infomcr.flatness.input_jacobian_norm import input_jacobian_norm
+from keras_infomcr.flatness.local_energy import LocalEnergy, local_energy
+from keras_infomcr.flatness.local_entropy import local_entropy, local_entropy_gradient_norm
+from keras_infomcr.flatness.pac_bayes_bound import PacBayesBound, pac_bayes_bound
 
 __all__ = [
+    "Estimate",
     "Gamma",
     "GammaHat",
     "GammaHatByLayer",
+    "LocalEnergy",
+    "PacBayesBound",
+    "SpectralDensity",
+    "SpectralRadius",
+    "TopEigenvalues",
+    "adaptive_sharpness",
+    "fisher_frobenius_norm",
+    "fisher_spectral_radius",
+    "fisher_trace",
     "gamma",
     "gamma_hat",
     "gamma_hat_by_layer",
+    "hessian_frobenius_norm",
+    "hessian_spectral_density",
+    "hessian_spectral_radius",
+    "hessian_top_eigenvalues",
+    "hessian_trace",
+    "input_jacobian_norm",
+    "local_energy",
+    "local_entropy",
+    "local_entropy_gradient_norm",
+    "pac_bayes_bound",
     "plot",
 ]

@@ -36,13 +36,8 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     Raises:
         ValueError: If logits are to be normalised and the loss is no softmax cross-entropy.
     """
-    losses = keras.tree.flatten(model.loss)
-    single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
-    loss = keras.losses.get(losses[0]) if single else None
-    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
-    usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
-    categorical = usual and name in ("sparsecategoricalcrossentropy", "categoricalcrossentropy")
-    binary = usual and name == "binarycrossentropy" and math.prod(_only(outputs).shape) == 1
+    loss, kind = kind_of_loss(model, outputs)
+    categorical, binary = kind == "categorical", kind == "binary"
     if normalize_softmax and not categorical:
         raise ValueError(
             "`normalize_softmax` needs a model compiled with one softmax cross-entropy. "
@@ -62,6 +57,24 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     if binary:
         return BinaryLogOdds(from_logits)
     return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
+
+
+def kind_of_loss(model, outputs):
+    """Return the one loss of the model, or `None`, and its kind.
+
+    The kind is `"categorical"` for softmax cross-entropy, `"binary"` for sigmoid cross-entropy of
+    one output, or `None`.
+    """
+    losses = keras.tree.flatten(model.loss)
+    single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
+    loss = keras.losses.get(losses[0]) if single else None
+    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
+    if usual and name in ("sparsecategoricalcrossentropy", "categoricalcrossentropy"):
+        return loss, "categorical"
+    if usual and name == "binarycrossentropy" and math.prod(_only(outputs).shape[1:]) == 1:
+        return loss, "binary"
+    return loss, None
 
 
 def predict_with_logits(model, predict, x):
@@ -192,7 +205,7 @@ class ExampleLoss:
         return y
 
     def __call__(self, x, y, outputs, logits):
-        with _no_weight_penalties(self.model):
+        with no_weight_penalties(self.model):
             loss = self.model._compute_loss(x, y, outputs, None, training=False)
         return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
 
@@ -202,7 +215,7 @@ class ExampleLoss:
 
 
 @contextlib.contextmanager
-def _no_weight_penalties(model):
+def no_weight_penalties(model):
     """Take the penalties out of the loss of any model, a plain `keras.Model` too."""
     penalties = [(v, v.regularizer) for v in model.trainable_variables]
     for variable, _ in penalties:

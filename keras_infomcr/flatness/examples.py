@@ -23,52 +23,152 @@ def read_examples(x, y, limit):
         ValueError: If labels are missing or superfluous, lengths differ, or `x` holds NaN or
             infinity.
     """
+    if _gives_batches(x, y):
+        return _checked(*_read_batches(_batches(x), limit))
+    return _checked(x, y)
+
+
+def draw_trials(size, num_examples, num_trials, seed):
+    """Draw the examples of trials, none twice until all have been used.
+
+    Args:
+        size: Integer, the number of examples in the data.
+        num_examples: Integer, at least 1, the examples of a trial.
+        num_trials: Integer, at least 1.
+        seed: Integer or `None`.
+
+    Returns:
+        List of arrays `[num_examples]` of indices.
+
+    Raises:
+        ValueError: If the data have fewer examples than a trial.
+    """
+    if size < num_examples:
+        raise ValueError(
+            "`num_examples` must not exceed the number of examples in the data. "
+            f"Received: num_examples={num_examples}, {size} examples"
+        )
+    generator = np.random.default_rng(seed)
+    per_pass = size // num_examples
+    passes = [generator.permutation(size) for _ in range(-(-num_trials // per_pass))]
+    trials = [
+        order[i * num_examples : (i + 1) * num_examples]
+        for order in passes
+        for i in range(per_pass)
+    ]
+    return trials[:num_trials]
+
+
+def trial_batches(x, y, num_examples, num_trials, batch_size, seed):
+    """Return the data of each trial.
+
+    Args:
+        x: As for `read_examples`.
+        y: As for `read_examples`.
+        num_examples: Integer, the examples of a trial, or `None`: one trial of all of the data.
+        num_trials: Integer, at least 1.
+        batch_size: Integer, at least 1.
+        seed: Integer or `None`.
+
+    Returns:
+        List of `Batches`.
+    """
+    if num_examples is None:
+        return [Batches(x, y, batch_size)]
+    x, y = read_examples(x, y, limit=num_examples * num_trials)
+    size = len(keras.tree.flatten(x)[0])
+    return [
+        Batches(*keras.tree.map_structure(lambda a, rows=rows: a[rows], (x, y)), batch_size)
+        for rows in draw_trials(size, num_examples, num_trials, seed)
+    ]
+
+
+class Batches:
+    """Labelled data in batches, read anew by each iteration.
+
+    Args:
+        x: As for `read_examples`; batches must be iterable more than once.
+        y: As for `read_examples`.
+        batch_size: Integer, at least 1. Batches that the data come in stay as they are.
+
+    Raises:
+        TypeError: As `read_examples`; for batches, when they are read.
+        ValueError: As `read_examples`, and if `x` can be read once only.
+    """
+
+    def __init__(self, x, y, batch_size):
+        self._batches = None
+        if _gives_batches(x, y):
+            if hasattr(x, "__next__") or _is_endless(x):
+                raise ValueError(
+                    "The data are read to their end, several times, and must allow it. Received: "
+                    f"an iterator or endless data, x={x!r}. Pass a finite data set, or arrays."
+                )
+            self._batches = x
+        else:
+            self._x, self._y = _checked(x, y)
+            self._batch_size = batch_size
+
+    def __iter__(self):
+        if self._batches is not None:
+            for batch in _batches(self._batches):
+                yield _checked(*_to_arrays(batch))
+            return
+        for start in range(0, len(keras.tree.flatten(self._x)[0]), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            yield keras.tree.map_structure(lambda a: a[rows], (self._x, self._y))  # noqa: B023
+
+
+def _is_endless(x):
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches is None
+    return hasattr(x, "cardinality") and int(x.cardinality()) == -1  # as tf.data says it
+
+
+def _gives_batches(x, y):
+    """Return whether the data are batches `(x, y)`, or raise an error if they are no data."""
     if isinstance(x, (np.ndarray, dict)) or hasattr(x, "__array__"):
-        batches = None
-    elif isinstance(x, (list, tuple)):
-        batches = x if y is None else None
-    else:
-        batches = _batches(x)
-        if y is not None:
-            raise ValueError(
-                "`y` must be `None` where `x` gives batches `(x, y)`. "
-                f"Received: x={x!r}, y of type {type(y)}"
-            )
-    if batches is not None:
-        x, y = _read_batches(batches, limit)
-    if y is None:
-        raise ValueError("Labels are needed. Received: y=None. Pass `y`, or batches `(x, y)`.")
-    x, y = keras.tree.map_structure(_to_numpy, (x, y))
-    _check(x, y)
-    return x, y
+        return False
+    if isinstance(x, (list, tuple)):
+        return y is None
+    if not hasattr(x, "__iter__") and not isinstance(x, keras.utils.PyDataset):
+        raise TypeError(
+            "`x` must be an array, a structure of arrays, or an iterable of batches such as "
+            f"`tf.data.Dataset`. Received: x={x!r} (of type {type(x)})"
+        )
+    if y is not None:
+        raise ValueError(
+            "`y` must be `None` where `x` gives batches `(x, y)`. "
+            f"Received: x={x!r}, y of type {type(y)}"
+        )
+    return True
 
 
 def _batches(x):
     if isinstance(x, keras.utils.PyDataset):
         indices = itertools.count() if x.num_batches is None else range(x.num_batches)
         return (x[i] for i in indices)
-    if not hasattr(x, "__iter__"):
-        raise TypeError(
-            "`x` must be an array, a structure of arrays, or an iterable of batches such as "
-            f"`tf.data.Dataset`. Received: x={x!r} (of type {type(x)})"
-        )
     return x
+
+
+def _to_arrays(batch):
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    if y is None:
+        raise ValueError("Labels are needed. Received: batches of x alone. Give `(x, y)`.")
+    arrays = keras.tree.map_structure(_to_numpy, (x, y))
+    if any(not a.ndim and a.dtype != object for a in keras.tree.flatten(arrays)):
+        raise ValueError(
+            "The data must come in batches. Received: an element with an array of shape (). "
+            "Call `.batch(...)` on the data set."
+        )
+    _check_dense(arrays)
+    return arrays
 
 
 def _read_batches(batches, limit):
     parts, count = [], 0
     for batch in batches:
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        if y is None:
-            raise ValueError("Labels are needed. Received: batches of x alone. Give `(x, y)`.")
-        parts.append(keras.tree.map_structure(_to_numpy, (x, y)))
-        scalars = [a for a in keras.tree.flatten(parts[-1]) if not a.ndim and a.dtype != object]
-        if scalars:
-            raise ValueError(
-                "The data must come in batches. Received: an element with an array of shape (). "
-                "Call `.batch(...)` on the data set."
-            )
-        _check_dense(parts[-1])
+        parts.append(_to_arrays(batch))
         count += len(keras.tree.flatten(parts[-1])[0])
         if count >= limit:
             break
@@ -92,7 +192,11 @@ def _check_dense(arrays):
         )
 
 
-def _check(x, y):
+def _checked(x, y):
+    """Return the arrays as NumPy's, of examples that can be measured."""
+    if y is None:
+        raise ValueError("Labels are needed. Received: y=None. Pass `y`, or batches `(x, y)`.")
+    x, y = keras.tree.map_structure(_to_numpy, (x, y))
     _check_dense((x, y))
     lengths = {len(a) if a.ndim else 0 for a in keras.tree.flatten((x, y))}
     if len(lengths) != 1:
@@ -100,10 +204,14 @@ def _check(x, y):
         raise ValueError(
             f"`x` and `y` must hold the same number of examples. Received: shapes {shapes}"
         )
+    if lengths == {0}:
+        raise ValueError("The data must not be empty. Received: no example")
     for array in keras.tree.flatten(x):
-        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+        # By the extremes, which take no memory of the size of the data.
+        if array.dtype.kind == "f" and not np.isfinite([array.min(), array.max()]).all():
             bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
             raise ValueError(
                 "`x` must be finite. Received: NaN or infinity in example "
                 f"{bad[0]} and {len(bad) - 1} others"
             )
+    return x, y

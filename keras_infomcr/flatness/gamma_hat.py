@@ -7,7 +7,8 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator, standard_error
+from keras_infomcr.flatness.estimate import standard_error
+from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def gamma_hat(
         chunk_size=chunk_size,
         seed=seed,
     )
-    return GammaHat.of(GammaHatEstimator(model, x, y, **settings).measure())
+    return GammaHat.of(shared_estimator(model, x, y, settings).measure())
 
 
 def checked_settings(

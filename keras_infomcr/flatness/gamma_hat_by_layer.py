@@ -7,8 +7,9 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.flatness.estimate import standard_error
 from keras_infomcr.flatness.gamma_hat import checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator, standard_error
+from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Gamma-hat of a model, measured again and again on the same examples."""
 
 import concurrent.futures
-import math
 import warnings
 
 import keras
@@ -9,18 +8,27 @@ import numpy as np
 
 from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
+from keras_infomcr.flatness.checks import check_built, check_compiled
+from keras_infomcr.flatness.estimate import standard_error
 from keras_infomcr.flatness.example_values import (
     ExampleLoss,
     example_values,
     predict_with_logits,
 )
-from keras_infomcr.flatness.examples import read_examples
+from keras_infomcr.flatness.examples import draw_trials, read_examples
+from keras_infomcr.flatness.shared import shared
 from keras_infomcr.flatness.taps import Taps
 from keras_infomcr.flatness.trial_grams import TrialGrams
 from keras_infomcr.objective import Objective
 
 # With `num_trials="auto"`.
 _FEWEST_TRIALS, _MOST_TRIALS = 5, 100
+
+
+def shared_estimator(model, x, y, settings):
+    """Return a `GammaHatEstimator`, the one that `sharing` keeps for these data and settings."""
+    key = "gamma_hat", id(x), id(y), *settings.items()
+    return shared(key, lambda: GammaHatEstimator(model, x, y, **settings))
 
 
 class GammaHatEstimator:
@@ -34,7 +42,7 @@ class GammaHatEstimator:
     """
 
     def __init__(self, model, x, y, **settings):
-        _check_model(model)
+        check_compiled(model)
         self.model = model
         self._settings = settings
         self._draw_trials(x, y)
@@ -46,20 +54,7 @@ class GammaHatEstimator:
         count = _MOST_TRIALS if count == "auto" else count
         self._x, self._y = read_examples(x, y, limit=num_examples * count)
         size = len(keras.tree.flatten(self._x)[0])
-        if size < num_examples:
-            raise ValueError(
-                "`num_examples` must not exceed the number of examples in the data. "
-                f"Received: num_examples={num_examples}, {size} examples"
-            )
-        generator = np.random.default_rng(self._settings["seed"])
-        per_pass = size // num_examples
-        passes = [generator.permutation(size) for _ in range(-(-count // per_pass))]
-        trials = [
-            order[i * num_examples : (i + 1) * num_examples]
-            for order in passes
-            for i in range(per_pass)
-        ]
-        self._trials = trials[:count]
+        self._trials = draw_trials(size, num_examples, count, self._settings["seed"])
 
     def measure(self):
         """Measure the model as it is now.
@@ -70,7 +65,8 @@ class GammaHatEstimator:
         if self._grams is None:
             self.prepare()
         parts = []
-        for log_loss, grams in self._measured():
+        for factors, grams in self._measured():
+            log_loss = float(np.sum(factors))
             gram, num_weights = grams.sum(axis=0), sum(self.num_weights)
             geometry, cause = log_determinant(gram, self._grams.epsilon, num_weights)
             if cause and not self._warned:
@@ -92,12 +88,23 @@ class GammaHatEstimator:
         return np.array(
             [
                 [
-                    log_loss + log_determinant(gram, self._grams.epsilon, count)[0]
+                    np.sum(factors) + log_determinant(gram, self._grams.epsilon, count)[0]
                     for gram, count in zip(grams, self.num_weights)
                 ]
-                for log_loss, grams in self._measured()
+                for factors, grams in self._measured()
             ]
         )
+
+    def measure_grams(self):
+        """Measure the model as it is now.
+
+        Returns:
+            List of T arrays `[N', N']`: of each trial, J J^T.
+        """
+        if self._grams is None:
+            self.prepare()
+        slopes = ((np.exp(factors / 2), grams) for factors, grams in self._measured())
+        return [grams.sum(axis=0) * np.outer(slope, slope) for slope, grams in slopes]
 
     @property
     def layers(self):
@@ -110,14 +117,14 @@ class GammaHatEstimator:
         return self._grams.num_weights
 
     def _measured(self):
-        """Yield the part of the log-losses and the Gram matrices of each trial."""
+        """Yield the logarithms of (dl_i/dm_i)^2 and the Gram matrices of the grad m_i, by trial."""
         objective = Objective(self.model)
         context = objective.weights(), objective.state()
 
         def measured(rows, device):
             data = keras.tree.map_structure(lambda a: a[rows], (self._x, self._labels))
             values, grams = self._grams(context, data, device)
-            return float(np.sum(self._values.log_loss_factors(values))), grams
+            return self._values.log_loss_factors(values), grams
 
         devices = backend.devices(self.model)
         if len(devices) == 1:
@@ -136,14 +143,7 @@ class GammaHatEstimator:
 
     def prepare(self):
         """Check that the model is built, and the labels against its loss and outputs."""
-        if not self.model.built:
-            raise ValueError(
-                f"The model must be built. Received: model={self.model!r}. Call it on data first."
-            )
-        if not self.model.trainable_variables:
-            raise ValueError(
-                f"The model must have trainable weights. Received: model={self.model!r} without."
-            )
+        check_built(self.model)
         settings = self._settings
         taps = Taps(self.model)
         outputs, logits = self._predict(taps, 1)
@@ -193,22 +193,3 @@ class GammaHatEstimator:
             lambda a: keras.ops.convert_to_tensor(a[:count]), (self._x, self._labels)
         )
         return self._values(x, y, outputs, logits)
-
-
-def standard_error(trials):
-    """Return the standard error of the mean, NaN unless there are two finite numbers or more."""
-    if len(trials) < 2 or not np.all(np.isfinite(trials)):
-        return math.nan
-    return float(np.std(trials, ddof=1)) / math.sqrt(len(trials))
-
-
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a `keras.Model`. Received: model={model!r} (of type {type(model)})"
-        )
-    if not model.compiled or model.loss is None:
-        raise ValueError(
-            "The model must be compiled with a loss. "
-            f"Received: model={model!r}, loss={model.loss!r}. Call `model.compile(loss=...)`."
-        )

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from keras_infomcr.flatness.gamma_hat_by_layer import GammaHatByLayer
+from keras_infomcr.flatness.hessian_spectral_density import SpectralDensity
 
 
 def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
@@ -34,6 +35,34 @@ def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
     axes.set_yticks(positions, result.layers, fontsize="x-small")
     axes.set_ylim(len(positions) - 0.5, -0.5)
     axes.set_xlabel("gamma-hat of the layer")
+    return axes
+
+
+def spectral_density(result: SpectralDensity, axes: Any = None) -> Any:
+    """Draw the spectral density on a logarithmic scale, with its standard error.
+
+    The scale ends where the density is that of a hundredth of one eigenvalue.
+
+    Args:
+        result: What `hessian_spectral_density` returned.
+        axes: `matplotlib.axes.Axes`, or `None` for new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if axes is None:
+        axes = _new_axes(height=3.5)
+    floor = 0.01 / (result.num_weights * result.width)
+    errors = np.nan_to_num(result.stderr)
+    axes.semilogy(result.grid, np.maximum(result.value, floor))
+    low, high = (np.maximum(result.value + sign * errors, floor) for sign in (-1, 1))
+    axes.fill_between(result.grid, low, high, alpha=0.3)
+    axes.set_ylim(bottom=floor)
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel("fraction of the eigenvalues per unit")
     return axes
 
 

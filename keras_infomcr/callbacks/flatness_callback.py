@@ -1,0 +1,108 @@
+"""Measures of flatness in the logs of `fit`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_infomcr import flatness
+from keras_infomcr.callbacks.measuring_callback import MeasuringCallback
+from keras_infomcr.flatness.shared import sharing
+
+
+class FlatnessCallback(MeasuringCallback):
+    """Log measures of flatness at the end of epochs.
+
+    For each measure, its name and the name with `_stderr` are added to the logs of each epoch,
+    NaN for an epoch without a measurement. Put the callback before those that read them
+    (`CSVLogger`, `TensorBoard`). It works with any `keras.Model`, and leaves the model, its
+    optimizer and all seeds as they are. What the measures compile they keep while `fit` runs.
+
+    Args:
+        data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
+            `DataLoader` or another iterable of batches `(x, y)`: training data without
+            augmentation.
+        measures: List of names of functions of `keras_infomcr.flatness`, such as
+            `"hessian_trace"`, or functions `f(model, x, y)` that return a result with `value` and
+            `stderr`: `functools.partial(hessian_trace, num_examples=100, seed=0)`. A function
+            is logged by its `__name__`.
+        frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
+            to 1.
+        verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
+            second, what part of an epoch's time it takes. Defaults to 0.
+
+    Attributes:
+        results: Dictionary of the last results by name, empty before the first.
+
+    Raises:
+        ValueError: If an argument is out of its range, or two measures have the same name.
+
+    Example:
+
+    ```python
+    on_subsets = functools.partial(hessian_spectral_radius, num_examples=100, seed=0)
+    callback = FlatnessCallback((x, y), measures=["fisher_trace", on_subsets], frequency=5)
+    model.fit(x, y, epochs=10, callbacks=[callback])
+    ```
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        measures: Sequence[str | Callable[..., Any]],
+        frequency: int = 1,
+        verbose: int = 0,
+    ):
+        super().__init__(data, frequency, verbose)
+        if isinstance(measures, str) or not measures:
+            raise ValueError(
+                "`measures` must be a list of names or functions, not empty. "
+                f"Received: measures={measures!r}"
+            )
+        named = [_named(measure) for measure in measures]
+        self._measures = dict(named)
+        if len(self._measures) < len(named):
+            raise ValueError(
+                "`measures` must have different names, by which they are logged. "
+                f"Received: {[name for name, _ in named]}. Define a function for one of them."
+            )
+        self.names = [n for name in self._measures for n in (name, f"{name}_stderr")]
+        self.results = {}
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._compiled = {}
+
+    def measure(self):
+        """Return the measures with their standard errors, as logs."""
+        logs = {}
+        x, y = self.examples()
+        with sharing(self._compiled):
+            for name, function in self._measures.items():
+                result = self.results[name] = function(self.model, x, y)
+                if np.ndim(getattr(result, "value", [])):
+                    raise ValueError(
+                        "A measure must give a result with a single number as its `value`, to be "
+                        f"logged. Received: {result!r} from {name}"
+                    )
+                logs[name], logs[f"{name}_stderr"] = float(result.value), float(result.stderr)
+        return logs
+
+
+def _named(measure):
+    """Return the name of a measure and its function."""
+    if isinstance(measure, str):
+        names = {n for n in flatness.__all__ if n.islower()} - {"pac_bayes_bound", "plot"}
+        if measure not in names:
+            raise ValueError(
+                f"`measures` must hold functions, or some of the names {sorted(names)}. "
+                f"Received: {measure!r}"
+            )
+        return measure, getattr(flatness, measure)
+    function = measure
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not callable(measure) or not hasattr(function, "__name__"):
+        raise ValueError(f"`measures` must hold names or functions. Received: {measure!r}")
+    return function.__name__, measure

@@ -1,0 +1,40 @@
+"""Checks of the models that are measured, and of the settings that measures share."""
+
+import keras
+
+from keras_infomcr import validation
+
+
+def check_compiled(model):
+    """Refuse what is no `keras.Model`, or not compiled with a loss."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r} (of type {type(model)})"
+        )
+    if not model.compiled or model.loss is None:
+        raise ValueError(
+            "The model must be compiled with a loss. "
+            f"Received: model={model!r}, loss={model.loss!r}. Call `model.compile(loss=...)`."
+        )
+
+
+def check_built(model):
+    """Refuse a model that is not built or has no trainable weights."""
+    if not model.built:
+        raise ValueError(
+            f"The model must be built. Received: model={model!r}. Call it on data first."
+        )
+    if not model.trainable_variables:
+        raise ValueError(
+            f"The model must have trainable weights. Received: model={model!r} without."
+        )
+
+
+def check_sampling(num_examples, num_trials, batch_size, seed, verbose):
+    """Refuse settings that are out of their range."""
+    validation.integer(minimum=1, num_trials=num_trials, batch_size=batch_size)
+    validation.one_of(0, 1, verbose=verbose)
+    if num_examples is not None:
+        validation.integer(minimum=1, num_examples=num_examples)
+    if seed is not None:
+        validation.integer(minimum=0, seed=seed)

@@ -1,0 +1,90 @@
+"""The loss and the 0-1 error of a model at other weights than its own."""
+
+import contextlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_infomcr.flatness.example_values import kind_of_loss, no_weight_penalties
+from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.replaced import replaced
+
+
+class Energy(LossFunction):
+    """The loss and the 0-1 error over data, batch normalisation in inference mode.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+    """
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._energies = self.compiled(self._of_batch)
+        self._statistics = self.compiled(self._statistics_of_batch)
+        layers = [x for x in model._flatten_layers() if hasattr(x, "moving_variance")]
+        self._layers = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+        moving = [v for x in self._layers for v in (x.moving_mean, x.moving_variance)]
+        ids = [id(v) for v in model.non_trainable_variables]
+        self._moving = [(ids.index(id(v)), v) for v in moving]
+
+    def energies(self, data, weights, state):
+        """Return the loss and the 0-1 error, floats; the error is NaN if there are no classes."""
+        means = self.mean(self._energies, data, (self.arrays(weights), state))
+        loss, error = (np.nan if mean is None else float(mean) for mean in means)
+        return loss, error
+
+    def reestimated(self, data, weights, state):
+        """Return the state with the statistics that the weights give batch normalisation.
+
+        Means and variances are the means of those of the batches. Random layers do not act.
+        """
+        if not self._moving:
+            return state
+        args = self.arrays(weights), state
+        means = self.mean(lambda *a: self._statistics(*a[:-1]), data, args)
+        state = list(state)
+        for (k, variable), mean in zip(self._moving, means):
+            state[k] = ops.convert_to_tensor(mean, dtype=variable.dtype)
+        return state
+
+    def _of_batch(self, weights, state, x, y):
+        with self._lock, self._objective.at(weights, state, False) as (predict, _):
+            outputs = predict(x)
+            with no_weight_penalties(self.model):
+                loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        return loss, self._error(y, outputs)
+
+    def _error(self, y, outputs):
+        loss, kind = kind_of_loss(self.model, outputs)
+        if kind is None:
+            return None
+        y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
+        if kind == "binary":
+            threshold = 0.0 if loss.from_logits else 0.5
+            y = ops.reshape(y, ops.shape(outputs))
+            right = keras.metrics.binary_accuracy(y, outputs, threshold)
+        elif "Sparse" in type(loss).__name__:
+            right = keras.metrics.sparse_categorical_accuracy(y, outputs)
+        else:
+            right = keras.metrics.categorical_accuracy(y, outputs)
+        return 1 - ops.mean(ops.cast(right, "float32"))
+
+    def _statistics_of_batch(self, weights, state, x):
+        with (
+            self._lock,
+            self._objective.at(weights, state, False) as (predict, scope),
+            contextlib.ExitStack() as stack,
+        ):
+            for layer in self._layers:
+                stack.enter_context(replaced(layer, "momentum", 0.0))
+                stack.enter_context(replaced(layer, "call", _in_training(layer.call)))
+            predict(x)
+            return [scope.get_current_value(v) for _, v in self._moving]
+
+
+def _in_training(call):
+    def call_in_training(inputs, training=None, mask=None):
+        return call(inputs, training=True, mask=mask)
+
+    return call_in_training

@@ -1,0 +1,118 @@
+"""The Fisher information of a few examples: its spectral radius, Frobenius norm and trace."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.gamma_hat import checked_settings
+from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
+
+
+def fisher_spectral_radius(
+    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+) -> Estimate:
+    """Compute the spectral radius of the Fisher information I of the examples of a trial.
+
+        I = (1 / N') J^T J,    rho(I) = lambda_max(J J^T) / N',    J_i = grad l_i
+
+    It is that of the Hessian where the model fits soft labels exactly (Eq. 1 of the reference).
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `gamma_hat`.
+        y: As for `gamma_hat`. Labels count by their largest entry.
+        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        **settings: `num_examples`, `training`, `chunk_size`, `seed`, `normalize_softmax` and
+            `softmax_scale`, as for `gamma_hat`.
+
+    Returns:
+        An `Estimate`, exact for the examples of each trial.
+
+    Raises:
+        TypeError: As `gamma_hat`.
+        ValueError: As `gamma_hat`.
+
+    Example:
+
+    ```python
+    result = fisher_spectral_radius(model, x_train, y_train, seed=0)
+    ```
+    """
+    return _measured(lambda gram: np.linalg.norm(gram, 2), model, x, y, num_trials, settings)
+
+
+def fisher_frobenius_norm(
+    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+) -> Estimate:
+    """Compute the Frobenius norm of the Fisher information I of the examples of a trial.
+
+        ||I||_F = ||J J^T||_F / N'
+
+    The reference takes the square of this.
+
+    Reference: As `fisher_spectral_radius`.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `gamma_hat`.
+        y: As for `gamma_hat`. Labels count by their largest entry.
+        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        **settings: As for `fisher_spectral_radius`.
+
+    Returns:
+        An `Estimate`, exact for the examples of each trial.
+
+    Raises:
+        TypeError: As `gamma_hat`.
+        ValueError: As `gamma_hat`.
+
+    Example:
+
+    ```python
+    result = fisher_frobenius_norm(model, x_train, y_train, seed=0)
+    ```
+    """
+    return _measured(np.linalg.norm, model, x, y, num_trials, settings)
+
+
+def fisher_trace(
+    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+) -> Estimate:
+    """Compute the trace of the Fisher information I of the examples of a trial.
+
+        tr I = tr(J J^T) / N',    the mean of ||grad l_i||^2
+
+    Reference: As `fisher_spectral_radius`.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `gamma_hat`.
+        y: As for `gamma_hat`. Labels count by their largest entry.
+        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        **settings: As for `fisher_spectral_radius`.
+
+    Returns:
+        An `Estimate`, exact for the examples of each trial.
+
+    Raises:
+        TypeError: As `gamma_hat`.
+        ValueError: As `gamma_hat`.
+
+    Example:
+
+    ```python
+    result = fisher_trace(model, x_train, y_train, seed=0)
+    ```
+    """
+    return _measured(np.trace, model, x, y, num_trials, settings)
+
+
+def _measured(statistic, model, x, y, num_trials, settings):
+    settings = checked_settings(num_trials=num_trials, **settings)
+    estimator = shared_estimator(model, x, y, settings)
+    return Estimate.of([statistic(gram) / len(gram) for gram in estimator.measure_grams()])

@@ -1,0 +1,88 @@
+"""The Hessian of a model's loss, over all of the data or over trials."""
+
+import numpy as np
+
+from keras_infomcr import validation
+from keras_infomcr.flatness.checks import check_sampling
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.examples import trial_batches
+from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.progress import progress_bar
+from keras_infomcr.flatness.shared import shared
+
+
+class Hessian:
+    """The Hessian of the loss over data, known by its products with vectors `[W]`.
+
+    Args:
+        loss: A `LossFunction`.
+        data: A `Batches`.
+        generator: `numpy.random.Generator` of the probes.
+        progress: A `keras.utils.Progbar` that counts the products.
+    """
+
+    def __init__(self, loss, data, generator, progress):
+        self.size = loss.size
+        self._loss = loss
+        self._at = loss.at()
+        self._data = data
+        self._generator = generator
+        self._progress = progress
+
+    def product(self, vector):
+        """Return the product with a vector."""
+        product = self._loss.hessian_vector_product(self._data, self._at, vector)
+        self._progress.add(1)
+        return product
+
+    def probes(self, count):
+        """Yield random vectors of entries -1 and 1."""
+        for _ in range(count):
+            signs = self._generator.integers(0, 2, self.size, dtype="int8")
+            yield (2 * signs - 1).astype(self._loss.dtype)
+
+
+def measure_hessian(
+    measure,
+    model,
+    x,
+    y,
+    num_products,
+    *,
+    num_examples=None,
+    num_trials=10,
+    batch_size=128,
+    training=False,
+    seed=None,
+    verbose=0,
+):
+    """Measure a model's Hessian, once or for each trial.
+
+    Args:
+        measure: Function `Hessian -> result`.
+        model: A `keras.Model`.
+        x: As for `hessian_trace`.
+        y: As for `hessian_trace`.
+        num_products: Integer, how many products it takes at most.
+        num_examples: As for `hessian_trace`.
+        num_trials: As for `hessian_trace`.
+        batch_size: As for `hessian_trace`.
+        training: As for `hessian_trace`.
+        seed: As for `hessian_trace`.
+        verbose: As for `hessian_trace`.
+
+    Returns:
+        List of results: one for all of the data, or one a trial.
+    """
+    check_sampling(num_examples, num_trials, batch_size, seed, verbose)
+    validation.boolean(training=training)
+    loss = shared(("loss", training), lambda: LossFunction(model, training))
+    generator = np.random.default_rng(seed)
+    trials = trial_batches(x, y, num_examples, num_trials, batch_size, seed)
+    with progress_bar(num_products * len(trials), verbose) as progress:
+        return [measure(Hessian(loss, data, generator, progress)) for data in trials]
+
+
+def mean_estimate(trials):
+    """Return the `Estimate` of the samples of one trial, or of the means of several trials."""
+    return Estimate.of(trials[0] if len(trials) == 1 else [np.mean(t) for t in trials])

@@ -1,0 +1,173 @@
+"""The spectral radius of the Hessian: the largest curvature, by its size."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_infomcr import validation
+from keras_infomcr.core.lanczos import top_eigenvalues
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.hessian import measure_hessian
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralRadius(Estimate):
+    """What `hessian_spectral_radius` returns.
+
+    Attributes:
+        value: Float, the largest |eigenvalue|, averaged over the trials if there are any.
+        stderr: Float, its standard error over the trials. NaN without trials.
+        samples: Array, one number a trial.
+        largest: Float, the largest eigenvalue, averaged likewise.
+        smallest: Float, the smallest eigenvalue, averaged likewise; negative unless the loss is
+            convex.
+    """
+
+    largest: float
+    smallest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TopEigenvalues(Estimate):
+    """What `hessian_top_eigenvalues` returns.
+
+    Attributes:
+        value: Float, the first of the eigenvalues, averaged over the trials if there are any.
+        stderr: Float, its standard error over the trials. NaN without trials.
+        samples: Array `[T, k]`, the eigenvalues of each trial; T is 1 without trials.
+        eigenvalues: Array `[k]`, their means, by falling size, with their signs.
+    """
+
+    eigenvalues: np.ndarray
+
+
+def hessian_spectral_radius(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    tolerance: float = 0.01,
+    max_products: int = 100,
+    **settings: Any,
+) -> SpectralRadius:
+    """Compute the spectral radius of the Hessian of the loss by the weights, and both extremes.
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192); by Lanczos iterations
+    (Wu and Simon, "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems", 2000).
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `hessian_trace`.
+        y: As for `hessian_trace`.
+        tolerance: Float, greater than 0. There is an eigenvalue within this fraction of the
+            spectral radius of each of the two extremes. Their own errors are, as a rule, of the
+            order of the square of that fraction. Defaults to 0.01.
+        max_products: Integer, at least 1. Hessian-vector products at most, of all the data or a
+            trial; some 10 to 20 are usual. If they do not suffice, a warning says so. Defaults
+            to 100.
+        **settings: `num_examples`, `num_trials`, `batch_size`, `training`, `seed` and `verbose`,
+            as for `hessian_trace`.
+
+    Returns:
+        A `SpectralRadius`.
+
+    Raises:
+        TypeError: As `hessian_trace`.
+        ValueError: As `hessian_trace`.
+
+    Example:
+
+    ```python
+    result = hessian_spectral_radius(model, x_train, y_train, num_examples=100, seed=0)
+    print(result.value, result.smallest, result.largest)
+    ```
+    """
+
+    def both_ends(values):
+        return np.array([len(values) - 1, *range(len(values) - 1)])
+
+    extremes = _eigenvalues(model, x, y, 2, both_ends, tolerance, max_products, settings)
+    radii = np.abs(extremes).max(axis=1)
+    largest, smallest = extremes.mean(axis=0)[[0, -1]]
+    result = Estimate.of(radii)
+    return SpectralRadius(result.value, result.stderr, radii, float(largest), float(smallest))
+
+
+def hessian_top_eigenvalues(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    k: int = 10,
+    tolerance: float = 0.01,
+    max_products: int = 200,
+    **settings: Any,
+) -> TopEigenvalues:
+    """Compute the eigenvalues of largest size of the Hessian of the loss by the weights.
+
+    Of a repeated eigenvalue one copy may be found only.
+
+    Reference: Wu and Simon, "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue
+    Problems", SIAM Journal on Matrix Analysis and Applications, 2000.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `hessian_trace`.
+        y: As for `hessian_trace`.
+        k: Integer, from 1 to the number of weights. 2 k + 20 vectors like the weights are kept.
+            Defaults to 10.
+        tolerance: Float, greater than 0. There is an eigenvalue within this fraction of the
+            largest of each; as for `hessian_spectral_radius`. Defaults to 0.01.
+        max_products: As for `hessian_spectral_radius`. Defaults to 200.
+        **settings: As for `hessian_spectral_radius`.
+
+    Returns:
+        A `TopEigenvalues`.
+
+    Raises:
+        TypeError: As `hessian_trace`.
+        ValueError: As `hessian_trace`.
+
+    Example:
+
+    ```python
+    result = hessian_top_eigenvalues(model, x_train, y_train, k=5, num_examples=100)
+    ```
+    """
+    validation.integer(minimum=1, k=k)
+
+    def by_size(values):
+        return np.argsort(-np.abs(values))
+
+    samples = _eigenvalues(model, x, y, k, by_size, tolerance, max_products, settings)
+    first = Estimate.of(samples[:, 0])
+    return TopEigenvalues(first.value, first.stderr, samples, samples.mean(axis=0))
+
+
+def _eigenvalues(model, x, y, count, order, tolerance, max_products, settings):
+    """Return the eigenvalues of each trial, an array `[T, count]`."""
+    validation.positive(tolerance=tolerance)
+    validation.integer(minimum=1, max_products=max_products)
+
+    def eigenvalues(hessian):
+        if count > max(hessian.size, 2):
+            raise ValueError(
+                "`k` must not exceed the number of weights. "
+                f"Received: k={count}, {hessian.size} weights"
+            )
+        start = next(hessian.probes(1))
+        return top_eigenvalues(hessian.product, start, count, order, tolerance, max_products)
+
+    trials = measure_hessian(eigenvalues, model, x, y, max_products, **settings)
+    worst = max(error for _, error in trials)
+    if worst > tolerance:
+        warnings.warn(
+            f"The eigenvalues have not converged: they may be wrong by {worst:.1g} of the largest. "
+            f"Received: tolerance={tolerance}, max_products={max_products}. Raise one of them.",
+            stacklevel=3,
+        )
+    return np.array([values for values, _ in trials])

@@ -1,0 +1,138 @@
+"""The paper's robustness: how strongly a model's probabilities depend on its input."""
+
+import math
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_infomcr import backend, validation
+from keras_infomcr.flatness.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.example_values import kind_of_loss
+from keras_infomcr.flatness.examples import trial_batches
+from keras_infomcr.flatness.progress import progress_bar
+from keras_infomcr.flatness.shared import shared
+from keras_infomcr.objective import Objective
+
+
+def input_jacobian_norm(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    norm: str = "spectral",
+    num_examples: int | None = None,
+    batch_size: int = 128,
+    seed: int | None = None,
+    verbose: int = 0,
+) -> Estimate:
+    """Compute the mean squared norm of the Jacobian of the softmax output by the input.
+
+        (1 / N) sum_x ||d f(x) / d x||^2,    f the probabilities of the K classes
+
+    exactly, by the eigenvalues of the K x K Gram matrix of each example. Of a model without
+    classes f is the output itself.
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Sec. 7.1, "robustness" (https://arxiv.org/abs/1911.08192).
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `hessian_trace`; floating-point numbers.
+        y: As for `hessian_trace`, but not used: it may be `None` with arrays too.
+        norm: `"spectral"`, the largest singular value, or `"frobenius"`. Defaults to
+            `"spectral"`.
+        num_examples: Integer, at least 1: so many examples are drawn; or `None`: all are
+            measured. Defaults to `None`.
+        batch_size: Integer, at least 1: examples that go through the model together. The
+            Jacobians of a batch are held in memory, K times its size. Defaults to 128.
+        seed: Integer or `None`, of the draw of examples. Defaults to a new draw each time.
+        verbose: 0 or 1. With 1, a progress bar counts the batches. Defaults to 0.
+
+    Returns:
+        An `Estimate`, its samples the squared norms of the examples.
+
+    Raises:
+        TypeError: As `hessian_trace`, and if an input holds integers.
+        ValueError: As `hessian_trace`.
+
+    Example:
+
+    ```python
+    result = input_jacobian_norm(model, x_train, num_examples=1000, seed=0)
+    ```
+    """
+    validation.one_of("spectral", "frobenius", norm=norm)
+    check_sampling(num_examples, 1, batch_size, seed, verbose)
+    if y is None and (isinstance(x, dict) or hasattr(x, "__array__")):
+        y = np.zeros(len(keras.tree.flatten(x)[0]))
+    jacobian = shared("input_jacobian", lambda: InputJacobian(model))
+    (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
+    samples = []
+    with progress_bar(None, verbose) as progress:
+        for inputs, _ in data:
+            grams = jacobian.grams(inputs)
+            if norm == "spectral":
+                samples.append(np.linalg.norm(grams, 2, axis=(1, 2)))
+            else:
+                samples.append(np.trace(grams, axis1=1, axis2=2))
+            progress.add(1)
+    return Estimate.of(np.concatenate(samples))
+
+
+class InputJacobian:
+    """The Jacobians of the probabilities by the inputs.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+    """
+
+    def __init__(self, model):
+        check_compiled(model)
+        check_built(model)
+        self.model = model
+        self._objective = Objective(model)
+        self._lock = threading.Lock()
+        # An example's own row is the derivative of the batch's sum: in inference none sees others.
+        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
+
+    def grams(self, x):
+        """Return J J^T of each example.
+
+        Args:
+            x: Structure of NumPy arrays `[B, ...]`.
+
+        Returns:
+            Float64 array `[B, K, K]`.
+        """
+        inputs = keras.tree.flatten(x)
+        kinds = [a.dtype.name for a in inputs if a.dtype.kind in "iub"]
+        if kinds:
+            raise TypeError(
+                "The inputs must be floating-point numbers, to be differentiated by. "
+                f"Received: x of dtype {kinds[0]}. Cast images, or measure from embeddings on."
+            )
+        context = self._objective.weights(), self._objective.state()
+        tensors = [ops.convert_to_tensor(a) for a in inputs]
+        self._structure = keras.tree.map_structure(lambda a: 0, x)
+        _, rows = backend.on_device(backend.devices(self.model)[0], self._rows, tensors, context)
+        rows = [ops.convert_to_numpy(r) for r in rows]
+        flat = [r.reshape(*r.shape[:2], math.prod(r.shape[2:])).swapaxes(0, 1) for r in rows]
+        return sum(f @ f.swapaxes(1, 2) for f in (f.astype("float64") for f in flat))
+
+    def _sums(self, inputs, context):
+        x = keras.tree.pack_sequence_as(self._structure, inputs)
+        with self._lock, self._objective.at(*context, False) as (predict, _):
+            outputs = predict(x)
+        sums = [ops.reshape(ops.sum(p, axis=0), (-1,)) for p in self._probabilities(outputs)]
+        return ops.cast(ops.concatenate(sums), backend.widest_float())
+
+    def _probabilities(self, outputs):
+        loss, kind = kind_of_loss(self.model, outputs)
+        outputs = keras.tree.flatten(outputs)
+        if kind is None or not getattr(loss, "from_logits", False):
+            return outputs
+        return [ops.softmax(outputs[0]) if kind == "categorical" else ops.sigmoid(outputs[0])]

@@ -1,0 +1,178 @@
+"""The loss of a model over data, and its derivatives, as functions of the weights."""
+
+import concurrent.futures
+import functools
+import math
+import threading
+
+import keras
+import numpy as np
+
+from keras_infomcr import backend
+from keras_infomcr.flatness.checks import check_built, check_compiled
+from keras_infomcr.flatness.example_values import no_weight_penalties
+from keras_infomcr.objective import Objective
+from keras_infomcr.regularizers.coupling import is_mean_over_examples
+
+
+class LossFunction:
+    """The mean loss over the examples of data, without weight penalties.
+
+    Weights are vectors `[W]`: the trainable variables one after the other. Nothing here changes
+    the model.
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        training: Boolean, as for the model's `call`.
+
+    Raises:
+        TypeError: If the model is no `keras.Model`.
+        ValueError: If it is not compiled, not built or has no trainable weights, or if its loss
+            is no mean over the examples.
+    """
+
+    def __init__(self, model, training=False):
+        check_compiled(model)
+        check_built(model)
+        if not is_mean_over_examples(model):
+            raise ValueError(
+                "The compiled loss must be a mean over the examples of a batch, with the "
+                f'reduction "sum_over_batch_size". Received: loss={model.loss!r}'
+            )
+        self.model = model
+        self._training = training
+        self._objective = Objective(model)
+        self._shapes = [tuple(v.shape) for v in model.trainable_variables]
+        wide = any(v.dtype == "float64" for v in model.trainable_variables)
+        self.dtype = np.dtype("float64" if wide else "float32")
+        self._lock = threading.Lock()
+        self._loss = self.compiled(self._loss_of_batch)
+        self._gradient = self.compiled(backend.value_and_grad(self._with_nothing_else))
+        self._products = self.compiled(backend.hessian_vector_product(self._with_nothing_else))
+
+    def compiled(self, function):
+        """Return the function, compiled unless the model asks to run eagerly."""
+        return function if self.model.run_eagerly else backend.compiled(function)
+
+    @property
+    def size(self):
+        """The number of trainable weights, W."""
+        return sum(map(math.prod, self._shapes))
+
+    def weights(self):
+        """Return the model's weights as they are."""
+        return self.vector([keras.ops.copy(v) for v in self.model.trainable_variables])
+
+    def state(self):
+        """Return the model's other variables as they are, a list of arrays."""
+        return self._objective.state()
+
+    def vector(self, arrays):
+        """Return a vector of arrays like the weights, `None` counting as zeros."""
+        vector = np.zeros(self.size, self.dtype)
+        for part, array in zip(self._parts(vector), arrays):
+            if array is not None:
+                part[...] = keras.ops.convert_to_numpy(array)
+        return vector
+
+    def arrays(self, vector):
+        """Return a vector as a list of the framework's arrays like the weights."""
+        variables = self.model.trainable_variables
+        parts = zip(self._parts(vector), variables)
+        return [keras.ops.convert_to_tensor(part, dtype=v.dtype) for part, v in parts]
+
+    def _parts(self, vector):
+        ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
+        return [p.reshape(s) for p, s in zip(np.split(vector, ends), self._shapes)]
+
+    def at(self, weights=None):
+        """Return what the derivatives are taken at: a vector, or the model's weights as they are.
+
+        Returns:
+            Tuple of the lists of arrays of the weights and of the model's other variables.
+        """
+        return self.arrays(self.weights() if weights is None else weights), self.state()
+
+    def loss(self, data, at):
+        """Return the loss, a float."""
+        return float(self.mean(self._loss, data, at)[0])
+
+    def gradient(self, data, at):
+        """Return the loss, a float, and its gradient, a vector."""
+
+        def gradient(weights, state, x, y):
+            (loss, _), gradients = self._gradient(weights, state, x, y)
+            return loss, *gradients
+
+        loss, *gradients = self.mean(gradient, data, at)
+        return float(loss), self.vector(gradients)
+
+    def hessian_vector_product(self, data, at, vector):
+        """Return the Hessian of the loss, times a vector."""
+        vector = self.arrays(np.asarray(vector, self.dtype))
+
+        def product(weights, state, vector, x, y):
+            return self._products(weights, vector, state, x, y)[2]
+
+        return self.vector(self.mean(product, data, (*at, vector)))
+
+    def mean(self, function, data, args):
+        """Return the mean of a function over the examples of data, batch by batch.
+
+        Args:
+            function: Function `(*args, x, y)` of a batch that returns an array or a sequence of
+                arrays and `None`: means over its examples.
+            data: Iterable of batches `(x, y)` of NumPy arrays, read once.
+            args: Tuple of structures of arrays.
+
+        Returns:
+            List of NumPy arrays and `None`.
+        """
+        batches, lock = iter(data), threading.Lock()
+
+        def share(device):
+            sums, count = None, 0
+            while True:
+                with lock:
+                    batch = next(batches, None)
+                if batch is None:
+                    return sums, count
+                size = len(keras.tree.flatten(batch)[0])
+                batch = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+                found = backend.on_device(device, function, *args, *batch)
+                found = found if isinstance(found, (list, tuple)) else [found]
+                terms = [None if array is None else size * array for array in found]
+                sums = terms if sums is None else _added(sums, terms)
+                count += size
+
+        devices = backend.devices(self.model)
+        if len(devices) == 1:
+            shares = [share(devices[0])]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+                shares = list(pool.map(share, devices))
+        total = sum(count for _, count in shares)
+        if not total:
+            raise ValueError("The data must not be empty. Received: no batch")
+        shares = [[_to_numpy(array) for array in sums] for sums, _ in shares if sums is not None]
+        return [
+            None if array is None else array / total for array in functools.reduce(_added, shares)
+        ]
+
+    def _loss_of_batch(self, weights, state, x, y):
+        training = self._training
+        with self._lock, self._objective.at(weights, state, training) as (predict, _):
+            outputs = predict(x)
+            with no_weight_penalties(self.model):
+                return self.model._compute_loss(x, y, outputs, None, training=training)
+
+    def _with_nothing_else(self, *args):
+        return self._loss_of_batch(*args), ()
+
+
+def _added(sums, terms):
+    return [b if a is None else a if b is None else a + b for a, b in zip(sums, terms)]
+
+
+def _to_numpy(array):
+    return None if array is None else keras.ops.convert_to_numpy(array)

@@ -1,0 +1,79 @@
+"""InfoMCR's bound on the loss of unseen examples."""
+
+import dataclasses
+import math
+
+from keras_infomcr import validation
+
+
+@dataclasses.dataclass(frozen=True)
+class PacBayesBound:
+    """What `pac_bayes_bound` returns.
+
+    Attributes:
+        value: Float, the bound on the expected loss of unseen examples; infinity where it exceeds
+            the range of float64.
+        log_complexity: Float, ln A: A is how far the loss rises to the rim of the neighbourhood
+            of the minimum.
+    """
+
+    value: float
+    log_complexity: float
+
+
+def pac_bayes_bound(
+    train_loss: float,
+    gamma: float,
+    num_weights: int,
+    num_examples: int,
+    log_volume: float,
+    delta: float = 0.05,
+) -> PacBayesBound:
+    """Bound the expected loss of unseen examples around a minimum.
+
+        L(D) <= L0 + 2 sqrt((2 L0 + 2 A + ln(2 N / delta)) / (N - 1))
+        A = W V^(2/W) pi^(1/W) exp(gamma / W) / (4 pi e)
+
+    with probability 1 - delta at least, for weights drawn around the minimum; L0 stands for
+    their mean training loss, which exceeds it by A at most. The powers are taken of logarithms,
+    so that millions of weights do not overflow.
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Theorem 1 (https://arxiv.org/abs/1911.08192).
+
+    Args:
+        train_loss: Float, at least 0. L0, the training loss at the minimum.
+        gamma: Float, the log-determinant of the Fisher information, as `gamma` estimates it.
+            -inf, of a singular one, makes A zero.
+        num_weights: Integer, at least 1. W.
+        num_examples: Integer, at least 2. N, the number of training examples.
+        log_volume: Float, ln V, the volume of the neighbourhood of the minimum that the bound is
+            for; natural logarithm.
+        delta: Float in (0, 1], the probability that the bound fails. Defaults to 0.05.
+
+    Returns:
+        A `PacBayesBound`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    result = gamma(model, x_train, y_train)
+    bound = pac_bayes_bound(loss, result.value, result.num_weights, len(x_train), log_volume)
+    ```
+    """
+    validation.non_negative(train_loss=train_loss)
+    validation.integer(minimum=1, num_weights=num_weights)
+    validation.integer(minimum=2, num_examples=num_examples)
+    validation.fraction(delta=delta)
+    validation.number(gamma=gamma, log_volume=log_volume)
+    log_complexity = (
+        math.log(num_weights / (4 * math.pi * math.e))
+        + (2 * log_volume + math.log(math.pi) + gamma) / num_weights
+    )
+    complexity = math.exp(log_complexity) if log_complexity < 709 else math.inf
+    spread = 2 * train_loss + 2 * complexity + math.log(2 * num_examples / delta)
+    value = train_loss + 2 * math.sqrt(spread / (num_examples - 1))
+    return PacBayesBound(value, log_complexity)

@@ -1,0 +1,14 @@
+"""The progress of long measurements."""
+
+import contextlib
+
+import keras
+
+
+@contextlib.contextmanager
+def progress_bar(target, verbose):
+    """Yield a `keras.utils.Progbar` of passes over data, which ends when the context does."""
+    bar = keras.utils.Progbar(target, verbose=verbose, unit_name="pass")
+    yield bar
+    if verbose:
+        bar.update(bar._seen_so_far, finalize=True)

@@ -1,0 +1,193 @@
+"""Measures of flatness in the logs of `fit`: which, when, and without a trace in the training."""
+
+import csv
+import functools
+import math
+
+import keras
+import numpy as np
+import pytest
+from frameworks import BACKEND, numpy
+from keras import layers
+
+from keras_infomcr import RegularizedModel, flatness
+from keras_infomcr.callbacks import FlatnessCallback
+from keras_infomcr.flatness import Estimate, fisher_trace, hessian_spectral_density, hessian_trace
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+NUM_CLASSES = 4
+TRACE = functools.partial(hessian_trace, num_products=6, seed=0)
+
+
+@pytest.fixture
+def data(rng):
+    return rng.normal(size=(20, 6)).astype("float32"), rng.integers(0, NUM_CLASSES, 20)
+
+
+def classifier(base=keras.Sequential, **kwargs):
+    stack = [layers.Dense(5), layers.BatchNormalization(), layers.Dense(NUM_CLASSES)]
+    model = base([keras.Input((6,)), *stack])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, **kwargs)
+    return model
+
+
+def fit(model, data, *measures, epochs=2, callbacks=(), **settings):
+    callback = FlatnessCallback(data, measures, **settings)
+    callbacks = [callback, *callbacks]
+    history = model.fit(*data, epochs=epochs, batch_size=4, callbacks=callbacks, verbose=0)
+    return history.history, callback
+
+
+def count_of_weights(model, x, y):
+    return Estimate(model.count_params(), math.nan, np.zeros(0))
+
+
+def test_logged_values_are_those_of_the_functions(data):
+    """Of the weights and the batch-norm statistics at the end of the epoch."""
+    model = classifier()
+    on_trials = functools.partial(fisher_trace, num_examples=5, num_trials=2, seed=0)
+    logs, callback = fit(model, data, TRACE, on_trials, count_of_weights)
+    for function in (TRACE, on_trials):
+        name, expected = function.func.__name__, function(model, *data)
+        # The same graph on the same numbers.
+        assert logs[name][-1] == pytest.approx(expected.value, rel=1e-6)
+        assert logs[f"{name}_stderr"][-1] == pytest.approx(expected.stderr, rel=1e-4)
+        assert logs[name][0] != pytest.approx(logs[name][1], rel=1e-4)
+        assert callback.results[name].value == logs[name][-1]
+    assert logs["count_of_weights"] == [model.count_params()] * 2
+    assert np.isnan(logs["count_of_weights_stderr"]).all()
+
+
+def test_every_measure_has_a_name(data):
+    """Small settings are the defaults of none: they are given by names of partial functions."""
+    names = sorted({n for n in flatness.__all__ if n.islower()} - {"pac_bayes_bound", "plot"})
+    small = {"gamma": 5, "gamma_hat": 5, "fisher": 5}
+    others = {"gamma_hat_by_layer", "hessian_spectral_density"}  # which give no single number
+    measures = []
+    for name in names:
+        if name in others:
+            continue
+        function = getattr(flatness, name)
+        size = small.get(name) or small.get(name.partition("_")[0])
+        settings = {"num_examples": size} if size else {}
+        measures.append(functools.partial(function, **settings) if settings else name)
+    logs, _ = fit(classifier(), data, *measures, epochs=1)
+    assert all(np.isfinite(logs[name][0]) for name in set(names) - others)
+    assert len(set(names) - others) == 14
+
+
+def test_keys_stand_in_the_logs_of_each_epoch(data, tmp_path):
+    """`CSVLogger` freezes its columns at the first."""
+    logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    logs, _ = fit(classifier(), data, TRACE, epochs=5, frequency=2, callbacks=[logger])
+    measured = [False, True, False, True, True]
+    for key in ("hessian_trace", "hessian_trace_stderr"):
+        assert list(np.isfinite(logs[key])) == measured
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["hessian_trace"]) for row in rows][1] == pytest.approx(
+        logs["hessian_trace"][1]
+    )
+
+
+@pytest.mark.parametrize("base", [keras.Sequential, RegularizedModel])
+def test_training_is_the_same_to_the_bit_with_and_without(data, base):
+    def trained(*measures):
+        keras.utils.set_random_seed(0)
+        if base is keras.Sequential:
+            model = classifier()
+        else:
+            model = RegularizedModel.from_model(classifier())
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile("adam", loss, regularizer=SubBatchPerturbation(num_sub_batches=2))
+        callbacks = [FlatnessCallback(data, measures)] if measures else []
+        model.fit(*data, epochs=2, batch_size=5, callbacks=callbacks, verbose=0)
+        return [numpy(v) for v in [*model.variables, *model.optimizer.variables]]
+
+    for ours, plain in zip(trained(TRACE, "local_energy", "input_jacobian_norm"), trained()):
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_further_epochs_compile_nothing_new(data):
+    """Python runs a layer's `call` where it is traced; on torch always."""
+    if BACKEND == "torch":
+        pytest.skip("torch compiles nothing here")
+    traced = []
+
+    class Counting(layers.Dense):
+        def call(self, inputs):
+            traced.append(inputs)
+            return super().call(inputs)
+
+    class Count(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            counts.append(len(traced))
+
+    counts = []
+    model = keras.Sequential([keras.Input((6,)), Counting(NUM_CLASSES)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    measures = [TRACE, "hessian_spectral_radius", "local_entropy", "adaptive_sharpness"]
+    measures += ["input_jacobian_norm", functools.partial(fisher_trace, num_examples=5)]
+    fit(model, data, *measures, epochs=4, callbacks=[Count()])
+    assert counts[0] > 0
+    # Gamma-hat's and Fisher's estimator tries its taps on each use; the others trace once.
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_batches_and_a_second_run(data):
+    x, y = data
+    model = classifier()
+    callback = FlatnessCallback([(x[:10], y[:10]), (x[10:], y[10:])], [TRACE])
+    for _ in range(2):
+        logs = model.fit(x, y, callbacks=[callback], verbose=0).history
+        expected = TRACE(model, x, y)
+        assert logs["hessian_trace"][0] == pytest.approx(expected.value, rel=1e-5)
+
+
+def test_verbose_prints_a_line_for_each_measurement(data, capsys):
+    fit(classifier(), data, TRACE, verbose=1, epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("Epoch 1: hessian_trace ")
+    assert lines[2].startswith("hessian_trace takes ")
+
+
+def test_model_under_a_distribution_strategy(data, mirrored):
+    with mirrored.scope():
+        model = classifier()
+    logs, _ = fit(model, data, TRACE, epochs=1)
+    single = classifier()
+    single.set_weights(model.get_weights())
+    assert logs["hessian_trace"][0] == pytest.approx(TRACE(single, *data).value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ([], "`measures` must be a list of names or functions, not empty"),
+        ("hessian_trace", "`measures` must be a list of names or functions"),
+        (["flatness"], "some of the names .*'hessian_trace'.*Received: 'flatness'"),
+        (["pac_bayes_bound"], "some of the names"),
+        ([3], "`measures` must hold names or functions. Received: 3"),
+        ([TRACE, "hessian_trace"], "must have different names"),
+    ],
+)
+def test_bad_measures_are_refused_at_once(data, measures, message):
+    with pytest.raises(ValueError, match=message):
+        FlatnessCallback(data, measures)
+
+
+def test_bad_settings_are_refused_at_once(data):
+    with pytest.raises(ValueError, match="`frequency` must be an integer of at least 1"):
+        FlatnessCallback(data, [TRACE], frequency=0)
+    with pytest.raises(ValueError, match="`verbose` must be one of 0, 1"):
+        FlatnessCallback(data, [TRACE], verbose=2)
+
+
+@pytest.mark.parametrize(
+    "measure", [functools.partial(hessian_spectral_density, num_steps=2), lambda model, x, y: 3.0]
+)
+def test_results_that_are_no_single_number(data, measure):
+    with pytest.raises(ValueError, match="result with a single number as its `value`"):
+        fit(classifier(), data, measure)

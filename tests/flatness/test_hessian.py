@@ -1,0 +1,513 @@
+"""Measures of the Hessian against one formed in float64 by NumPy alone, and another library."""
+
+import functools
+import tracemalloc
+import warnings
+
+import keras
+import numpy as np
+import numpy_layers as oracle
+import pytest
+from frameworks import BACKEND, array, numpy, only_on
+from keras import layers
+
+from keras_infomcr.flatness import (
+    hessian_frobenius_norm,
+    hessian_spectral_density,
+    hessian_spectral_radius,
+    hessian_top_eigenvalues,
+    hessian_trace,
+    plot,
+)
+from keras_infomcr.flatness.loss_function import LossFunction
+
+NUM_CLASSES = 3
+MEASURES = [
+    hessian_frobenius_norm,
+    hessian_spectral_radius,
+    hessian_top_eigenvalues,
+    hessian_trace,
+]
+
+
+def dense_batch_norm(x, w, training):
+    hidden = x @ w[0] + w[1]
+    moments = (hidden.mean(0), variance(hidden, 0)) if training else w[6:]
+    return np.tanh(oracle.normalize(hidden, *moments, *w[2:4])) @ w[4] + w[5]
+
+
+def conv_batch_norm(x, w, training):
+    hidden = oracle.conv_2d(x, w[0], w[1])
+    moments = (hidden.mean((0, 1, 2)), variance(hidden, (0, 1, 2))) if training else w[6:]
+    hidden = np.tanh(oracle.normalize(hidden, *moments, *w[2:4]))
+    return hidden.mean((1, 2)) @ w[4] + w[5]
+
+
+def layer_norm(x, w, training):
+    hidden = x @ w[0] + w[1]
+    return np.tanh(oracle.normalize_by_own_moments(hidden, -1, *w[2:4])) @ w[4] + w[5]
+
+
+def group_norm(x, w, training):
+    hidden = np.tanh(oracle.group_norm(oracle.conv_2d(x, w[0], w[1]), 2, *w[2:4]))
+    return hidden.mean((1, 2)) @ w[4] + w[5]
+
+
+def variance(a, axes):
+    """Return the variance, analytic in complex numbers too."""
+    return ((a - a.mean(axes, keepdims=True)) ** 2).mean(axes)
+
+
+FLAT, IMAGES = (5,), (4, 4, 2)
+GROUPS = {layers.GroupNormalization: {"groups": 2}}
+NETS = {
+    "dense_batch_norm": (dense_batch_norm, FLAT, layers.Dense, layers.BatchNormalization),
+    "conv_batch_norm": (conv_batch_norm, IMAGES, layers.Conv2D, layers.BatchNormalization),
+    "layer_norm": (layer_norm, FLAT, layers.Dense, layers.LayerNormalization),
+    "group_norm": (group_norm, IMAGES, layers.Conv2D, layers.GroupNormalization),
+}
+
+
+class Net:
+    """A network with what NumPy says of it."""
+
+    def __init__(self, name, rng):
+        self.forward, shape, first, norm = NETS[name]
+        pool = [layers.GlobalAveragePooling2D()] if len(shape) == 3 else []
+        stack = [first(4, *[2] * bool(pool)), norm(epsilon=1e-3, **GROUPS.get(norm, {}))]
+        self.model = keras.Sequential(
+            [keras.Input(shape), *stack, layers.Activation("tanh"), *pool, layers.Dense(3)]
+        )
+        self.model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+        for variable in self.model.variables:
+            positive = "variance" in variable.path
+            variable.assign(rng.uniform(0.5 if positive else -1, 1.5, variable.shape))
+        self.x = rng.normal(size=(24, *shape)).astype("float32")
+        self.y = np.eye(NUM_CLASSES)[rng.integers(0, NUM_CLASSES, 24)].astype("float32")
+        self.weights = [numpy(v).astype("float64") for v in self.model.trainable_variables]
+        self.moments = [numpy(v).astype("float64") for v in self.model.non_trainable_variables]
+        self.moments = self.moments[:2] if "batch" in name else []
+        self.sizes = [w.size for w in self.weights]
+
+    def loss(self, weights, training=False):
+        predictions = self.forward(self.x.astype("float64"), [*weights, *self.moments], training)
+        return oracle.cross_entropies(self.y, predictions).mean()
+
+    def product(self, vector, training=False):
+        """Return H v."""
+        parts = self.parts(vector)
+        loss = lambda w: self.loss(w, training)  # noqa: E731
+        return flat(oracle.hessian_vector_product(loss, self.weights, parts))
+
+    @functools.cached_property
+    def hessian(self):
+        """Return H, by central differences: the errors are of the order 1e-10."""
+        columns = []
+        for unit in np.eye(sum(self.sizes)):
+            ends = [
+                flat(oracle.derivative(self.loss, [w + s * u for w, u in zip(self.weights, parts)]))
+                for s, parts in ((1e-5, self.parts(unit)), (-1e-5, self.parts(unit)))
+            ]
+            columns.append((ends[0] - ends[1]) / 2e-5)
+        return (np.array(columns) + np.array(columns).T) / 2
+
+    def parts(self, vector):
+        parts = np.split(np.asarray(vector, "float64"), np.cumsum(self.sizes)[:-1])
+        return [p.reshape(w.shape) for p, w in zip(parts, self.weights)]
+
+    def measured(self, measure, **settings):
+        return measure(self.model, self.x, self.y, seed=0, **settings)
+
+
+def flat(arrays):
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+@pytest.fixture(params=NETS, scope="module")
+def net(request):
+    return Net(request.param, np.random.default_rng(0))
+
+
+@pytest.fixture
+def small(rng):
+    return Net("layer_norm", rng)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_products_with_vectors(net, training, rng):
+    """The issue asks for 1e-3; float32 itself rounds to some 1e-6."""
+    loss = LossFunction(net.model, training)
+    vector = rng.normal(size=loss.size)
+    found = loss.hessian_vector_product([(net.x, net.y)], loss.at(), vector)
+    expected = net.product(vector, training)
+    assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+def test_eigenvalues_against_the_hessian_formed(net):
+    eigenvalues = np.linalg.eigvalsh(net.hessian)
+    radius = net.measured(hessian_spectral_radius, tolerance=1e-4)
+    size = np.abs(eigenvalues).max()
+    assert radius.value == pytest.approx(size, rel=0.01)
+    assert (radius.largest, radius.smallest) == pytest.approx(
+        (eigenvalues[-1], eigenvalues[0]), abs=0.01 * size
+    )
+    top = net.measured(hessian_top_eigenvalues, k=4, tolerance=1e-4)
+    expected = eigenvalues[np.argsort(-np.abs(eigenvalues))][:4]
+    np.testing.assert_allclose(top.eigenvalues, expected, rtol=0.01)
+    assert top.value == top.eigenvalues[0]
+    assert top.samples.shape == (1, 4)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_trace_against_the_hessian_formed(net, method):
+    found = net.measured(hessian_trace, method=method, num_products=60)
+    assert found.value == pytest.approx(np.trace(net.hessian), abs=3 * found.stderr)
+    assert found.stderr < 0.2 * abs(found.value)  # else the test would mean little
+    assert found.value == found.samples.mean()
+    assert len(found.samples) == {"hutchinson": 60, "hutch++": 20}[method]
+
+
+def test_frobenius_norm_against_the_hessian_formed(net):
+    found = net.measured(hessian_frobenius_norm, num_products=60)
+    assert found.value == pytest.approx(np.linalg.norm(net.hessian), abs=3 * found.stderr)
+    assert found.stderr < 0.2 * found.value
+    # The products are the samples, whose squares are averaged.
+    assert found.value == pytest.approx(np.sqrt((found.samples**2).mean()))
+
+
+def test_density_against_the_hessian_formed(small):
+    """With as many steps as weights, a probe's density is blurred about all its eigenvalues."""
+    eigenvalues = np.linalg.eigvalsh(small.hessian)
+    found = small.measured(hessian_spectral_density, num_probes=20, num_steps=60, width=0.05)
+    assert found.num_weights == len(eigenvalues)
+    assert np.trapezoid(found.value, found.grid) == pytest.approx(1, rel=1e-4)
+    distances = (found.grid[:, None] - eigenvalues) / found.width
+    exact = np.exp(-(distances**2) / 2).mean(1) / (found.width * np.sqrt(2 * np.pi))
+    errors = np.abs(found.value - exact)[found.value > 0.01 * found.value.max()]
+    stderrs = found.stderr[found.value > 0.01 * found.value.max()]
+    # Points side by side are as good as one; 4 standard errors are left to none of some 20.
+    assert np.mean(errors <= 3 * stderrs) > 0.95
+    assert np.all(errors <= 5 * stderrs)
+
+
+def test_density_of_one_probe_has_no_error(small):
+    found = small.measured(hessian_spectral_density, num_probes=1, num_steps=3)
+    assert np.isnan(found.stderr).all()
+    assert found.width == pytest.approx((found.grid[-1] - found.grid[0]) / 110)
+
+
+def test_density_is_drawn(small):
+    found = small.measured(hessian_spectral_density, num_probes=2, num_steps=5)
+    axes = plot.spectral_density(found)
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), found.grid)
+    assert axes.get_yscale() == "log"
+    assert plot.spectral_density(found, axes) is axes
+
+
+# ---------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_batches_do_not_change_the_measure(small, measure):
+    whole, in_parts = (small.measured(measure, batch_size=b).value for b in (24, 7))
+    # Sums in another order: float32's rounding of a few dozen terms.
+    assert in_parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_training_sees_the_batches(rng):
+    net = Net("dense_batch_norm", rng)
+    whole, in_parts = (
+        net.measured(hessian_trace, training=True, batch_size=b).value for b in (24, 6)
+    )
+    assert in_parts != pytest.approx(whole, rel=1e-3)
+
+
+class Lazy(keras.utils.PyDataset):
+    """Makes its batches when they are asked for, and counts the passes."""
+
+    def __init__(self, x, y, size, length=1, **kwargs):
+        super().__init__(**kwargs)
+        self.batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+        self.length, self.passes = length, 0
+
+    def __len__(self):
+        return self.length * len(self.batches)
+
+    def __getitem__(self, index):
+        self.passes += index % len(self.batches) == 0
+        return tuple(a.copy() for a in self.batches[index % len(self.batches)])
+
+
+def datasets(x, y):
+    yield Lazy(x, y, 10)
+    yield [(x[:10], y[:10]), (x[10:], y[10:])]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        yield tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+    if BACKEND == "torch":
+        import torch
+
+        pairs = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+        yield torch.utils.data.DataLoader(pairs, batch_size=10)
+    yield array(x), array(y)
+
+
+def test_data_of_all_kinds(small):
+    expected = small.measured(hessian_trace, num_products=6).value
+    for data in datasets(small.x, small.y):
+        pair = data if isinstance(data, tuple) else (data,)
+        found = hessian_trace(small.model, *pair, num_products=6, seed=0)
+        assert found.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_data(small):
+    """Two hundred batches of 128 kB are 26 MB, of which one or two live at a time."""
+    x, y = np.repeat(small.x, 167, axis=0)[:4000], np.repeat(small.y, 167, axis=0)[:4000]
+    settings = {"num_products": 2, "method": "hutchinson", "seed": 0}
+    hessian_trace(small.model, Lazy(x, y, 4000), **settings)
+    data = Lazy(x, y, 4000, length=200)
+    tracemalloc.start()
+    hessian_trace(small.model, data, **settings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data.passes == 2 * 200
+    assert peak < 3e6
+
+
+def test_trials_are_averaged(small):
+    found = small.measured(hessian_spectral_radius, num_examples=6, num_trials=4)
+    assert found.samples.shape == (4,)
+    assert found.value == found.samples.mean()
+    assert found.stderr == pytest.approx(found.samples.std(ddof=1) / 2)
+    # Four trials of six share none of the 24 examples: their losses' mean is the loss of all.
+    whole = small.measured(hessian_trace, num_products=60)
+    parts = small.measured(hessian_trace, num_products=60, num_examples=6, num_trials=4)
+    assert parts.value == pytest.approx(whole.value, abs=4 * whole.stderr)
+    assert len(parts.samples) == 4
+
+
+def test_one_trial_of_all_examples_is_the_whole(small):
+    one = small.measured(hessian_trace, num_examples=24, num_trials=1)
+    whole = small.measured(hessian_trace)
+    assert one.value == pytest.approx(whole.value, rel=1e-5)
+    assert one.stderr == pytest.approx(whole.stderr, rel=1e-3)
+    assert np.isnan(small.measured(hessian_spectral_radius).stderr)
+
+
+def test_seeds(small):
+    values = [small.measured(hessian_trace).value for _ in range(2)]
+    assert values[0] == values[1]
+    other = hessian_trace(small.model, small.x, small.y, seed=1)
+    unseeded = [hessian_trace(small.model, small.x, small.y).value for _ in range(2)]
+    assert len({values[0], other.value, *unseeded}) == 4
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_weight_penalties_are_left_out(small, rng):
+    expected = small.measured(hessian_trace).value
+    for variable in small.model.trainable_variables:
+        variable.regularizer = keras.regularizers.L2(1.0)
+    assert small.measured(hessian_trace).value == pytest.approx(expected, rel=1e-6)
+    assert all(v.regularizer for v in small.model.trainable_variables)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_model_is_left_as_it_was(rng, training):
+    net = Net("dense_batch_norm", rng)
+    stack = [*net.model.layers[:-1], layers.Dropout(0.5, seed=1), net.model.layers[-1]]
+    model = keras.Sequential([keras.Input(FLAT), *stack])
+    model.compile("adam", net.model.loss)
+    model.fit(net.x, net.y, verbose=0)
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    before = [numpy(v).copy() for v in variables]
+    state = np.random.get_state()[1].copy()
+    for measure in MEASURES:
+        measure(model, net.x, net.y, training=training, num_examples=12, num_trials=2)
+    for variable, value in zip(variables, before):
+        np.testing.assert_array_equal(numpy(variable), value)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+def test_frozen_weights_have_no_part(small):
+    small.model.layers[0].trainable = False
+    found = small.measured(hessian_spectral_radius, tolerance=1e-4)
+    free = slice(sum(small.sizes[:2]), None)
+    expected = np.linalg.eigvalsh(small.hessian[free, free])
+    assert found.value == pytest.approx(np.abs(expected).max(), rel=0.01)
+
+
+def test_half_precision_policy_measures_in_float32(small):
+    expected = small.measured(hessian_spectral_radius).value
+    half = keras.Sequential.from_config(_with_policy(small.model.get_config(), "mixed_float16"))
+    half.compile("sgd", small.model.loss)
+    half.set_weights(small.model.get_weights())
+    found = hessian_spectral_radius(half, small.x, small.y, seed=0)
+    assert found.value == pytest.approx(expected, rel=1e-4)
+
+
+def _with_policy(config, policy):
+    for layer in config["layers"]:
+        if "epsilon" in layer["config"] or "units" in layer["config"]:
+            layer["config"]["dtype"] = policy
+    return config
+
+
+def test_run_eagerly(small):
+    expected = small.measured(hessian_trace, num_products=6).value
+    small.model.compile("sgd", small.model.loss, run_eagerly=True)
+    assert small.measured(hessian_trace, num_products=6).value == pytest.approx(expected, rel=1e-5)
+
+
+def test_mirrored_strategy_gives_the_same(mirrored, small):
+    with mirrored.scope():
+        model = keras.models.clone_model(small.model)
+        model.compile("sgd", small.model.loss)
+    model.set_weights(small.model.get_weights())
+    settings = {"num_products": 6, "batch_size": 5, "seed": 0}
+    found = hessian_trace(model, small.x, small.y, **settings)
+    expected = hessian_trace(small.model, small.x, small.y, **settings)
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
+
+
+@only_on("jax", reason="`keras.distribution` is JAX's")
+def test_data_parallelism_gives_the_same(small):
+    settings = {"num_products": 6, "batch_size": 5, "seed": 0}
+    expected = hessian_trace(small.model, small.x, small.y, **settings)
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    try:
+        model = keras.models.clone_model(small.model)
+        model.compile("sgd", small.model.loss)
+        model.set_weights(small.model.get_weights())
+        found = hessian_trace(model, small.x, small.y, **settings)
+    finally:
+        keras.distribution.set_distribution(None)
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
+
+
+@only_on("torch", reason="the other library measures torch modules")
+@pytest.mark.parametrize("name", ["dense_batch_norm", "layer_norm"])
+def test_curvlinops_says_the_same(name, rng):
+    """Of a torch module of the same weights."""
+    curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
+    import torch
+
+    net = Net(name, rng)
+    norm = torch.nn.LayerNorm if name == "layer_norm" else torch.nn.BatchNorm1d
+    module = torch.nn.Sequential(
+        torch.nn.Linear(5, 4), norm(4, eps=1e-3), torch.nn.Tanh(), torch.nn.Linear(4, 3)
+    ).eval()
+    numbers = [torch.tensor(w.T, dtype=torch.float32) for w in [*net.weights, *net.moments]]
+    tensors = [*module.parameters(), *(b for b in module.buffers() if b.ndim)]
+    for tensor, number in zip(tensors, numbers):
+        tensor.data.copy_(number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own affair
+        operator = curvlinops.HessianLinearOperator(
+            module,
+            torch.nn.CrossEntropyLoss(),
+            list(module.parameters()),
+            [(torch.tensor(net.x), torch.tensor(net.y))],
+        )
+        columns = torch.eye(sum(net.sizes))
+        hessian = np.array([numpy(operator @ column) for column in columns])
+    found = net.measured(hessian_top_eigenvalues, k=3, tolerance=1e-4)
+    eigenvalues = np.linalg.eigvalsh(hessian)
+    expected = eigenvalues[np.argsort(-np.abs(eigenvalues))][:3]
+    # Both in float32, the error bound of ours being 1e-4 of the largest.
+    np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-3)
+    trace = net.measured(hessian_trace, num_products=60)
+    assert trace.value == pytest.approx(np.trace(hessian), abs=3 * trace.stderr)
+
+
+# ---------------------------------------------------------------- errors and messages
+
+
+@pytest.mark.parametrize(
+    ("measure", "settings", "message"),
+    [
+        (hessian_trace, {"method": "exact"}, "`method` must be one of 'hutchinson', 'hutch"),
+        (hessian_trace, {"num_products": 5}, "`num_products` must be an integer of at least 6"),
+        (hessian_frobenius_norm, {"num_products": 1}, "`num_products` must be an integer of at le"),
+        (hessian_trace, {"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        (hessian_trace, {"num_examples": 0}, "`num_examples` must be an integer of at least 1"),
+        (hessian_trace, {"num_examples": 25}, "`num_examples` must not exceed .*25, 24 examples"),
+        (hessian_trace, {"num_trials": 0}, "`num_trials` must be an integer of at least 1"),
+        (hessian_trace, {"seed": -1}, "`seed` must be an integer of at least 0"),
+        (hessian_trace, {"training": 1}, "`training` must be `True` or `False`"),
+        (hessian_trace, {"verbose": 2}, "`verbose` must be one of 0, 1"),
+        (hessian_spectral_radius, {"tolerance": 0.0}, "`tolerance` must be a finite number gr"),
+        (hessian_spectral_radius, {"max_products": 0}, "`max_products` must be an integer of at l"),
+        (hessian_top_eigenvalues, {"k": 0}, "`k` must be an integer of at least 1"),
+        (hessian_top_eigenvalues, {"k": 10**6}, "`k` must not exceed the number of weights"),
+        (hessian_spectral_density, {"num_steps": 0}, "`num_steps` must be an integer of at least"),
+        (hessian_spectral_density, {"width": -1.0}, "`width` must be a finite number greater"),
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range(small, measure, settings, message):
+    with pytest.raises(ValueError, match=message):
+        measure(small.model, small.x, small.y, **settings)
+
+
+def test_models_that_cannot_be_measured(small):
+    x, y = small.x, small.y
+    with pytest.raises(TypeError, match="`model` must be"):
+        hessian_trace(layers.Dense(3), x, y)
+    with pytest.raises(ValueError, match="must be compiled with a loss"):
+        hessian_trace(keras.Sequential([layers.Dense(3)]), x, y)
+    unbuilt = keras.Sequential([layers.Dense(3)])
+    unbuilt.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="must be built"):
+        hessian_trace(unbuilt, x, y)
+    small.model.compile("sgd", keras.losses.CategoricalCrossentropy(reduction="sum"))
+    with pytest.raises(ValueError, match="must be a mean over the examples"):
+        hessian_trace(small.model, x, y)
+
+
+def test_data_that_cannot_be_measured(small):
+    x, y = small.x, small.y
+    for data, message in [
+        ((x, None), None),
+        ((iter([(x, y)]), None), "read to their end, several times"),
+        ((np.full_like(x, np.nan), y), "`x` must be finite"),
+        ((x, y[:3]), "the same number of examples"),
+        ((x[:0], y[:0]), "must not be empty"),
+        (([], None), "must not be empty"),
+    ]:
+        with pytest.raises(ValueError, match=message or "Labels are needed"):
+            hessian_trace(small.model, *data)
+    with pytest.raises(TypeError, match="`x` must be an array"):
+        hessian_trace(small.model, 3)
+
+
+@only_on("tensorflow", reason="of tf.data")
+def test_endless_data_are_refused(small):
+    import tensorflow as tf
+
+    endless = tf.data.Dataset.from_tensor_slices((small.x, small.y)).batch(4).repeat()
+    with pytest.raises(ValueError, match="endless data"):
+        hessian_trace(small.model, endless)
+
+
+def test_eigenvalues_that_have_not_converged_are_reported(small):
+    with pytest.warns(UserWarning, match="have not converged.*max_products=2"):
+        small.measured(hessian_spectral_radius, max_products=2)
+
+
+def test_weights_that_are_not_finite_give_nan(small):
+    small.model.layers[0].kernel.assign(np.full((5, 4), np.nan))
+    for measure in MEASURES:
+        assert np.isnan(small.measured(measure).value)
+    assert np.isnan(small.measured(hessian_spectral_density, num_steps=3).value).all()
+
+
+def test_progress_bar_counts_the_products(small, capsys):
+    small.measured(hessian_trace, num_products=6, verbose=1)
+    assert "6/6" in capsys.readouterr().out
+    small.measured(hessian_trace, num_products=6)
+    assert capsys.readouterr().out == ""
+    small.measured(hessian_spectral_radius, verbose=1)
+    assert capsys.readouterr().out.endswith("\n")
