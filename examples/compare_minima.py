@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import pathlib
+import textwrap
 
 import keras
 import matplotlib
@@ -34,13 +35,21 @@ from matplotlib import pyplot as plt
 NUM_TRAIN = 600
 BATCH_SIZES = {"small": 20, "large": 300}
 TRACKS = 0.3  # The tau from which on a measure is said to track the test error.
-COLORS = {False: ("tab:blue", "tab:cyan"), True: ("tab:red", "tab:orange")}
+# (batches, whether images are shifted) and the colour in the picture.
+SETTINGS = {
+    ("small", False): "tab:blue",
+    ("large", False): "tab:cyan",
+    ("small", True): "tab:red",
+    ("large", True): "tab:orange",
+}
 
 FEW = {"num_trials": 6, "seed": 0}  # Six trials of 100 examples see each training image once.
 ALL = {"batch_size": NUM_TRAIN, "seed": 0}
 MEASURES = {
     "gamma_hat": lambda *a: flatness.gamma_hat(*a, **FEW).value,
-    "gamma_hat, normalised": lambda *a: flatness.gamma_hat(*a, normalize_softmax=True, **FEW).value,
+    "gamma_hat (normalised)": lambda *a: (
+        flatness.gamma_hat(*a, normalize_softmax=True, **FEW).value
+    ),
     "hessian_trace": lambda *a: flatness.hessian_trace(*a, **ALL).value,
     "hessian_frobenius_norm": lambda *a: flatness.hessian_frobenius_norm(*a, **ALL).value,
     "hessian_spectral_radius": lambda *a: flatness.hessian_spectral_radius(*a, **ALL).value,
@@ -48,8 +57,8 @@ MEASURES = {
     "fisher_frobenius_norm": lambda *a: flatness.fisher_frobenius_norm(*a, **FEW).value,
     "fisher_spectral_radius": lambda *a: flatness.fisher_spectral_radius(*a, **FEW).value,
     "input_jacobian_norm": lambda *a: flatness.input_jacobian_norm(*a, **ALL).value,
-    "adaptive_sharpness, worst": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
-    "adaptive_sharpness, average": lambda *a: (
+    "adaptive_sharpness (worst)": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
+    "adaptive_sharpness (average)": lambda *a: (
         flatness.adaptive_sharpness(*a, kind="average", rho=0.1, **ALL).value
     ),
     # The weaker noise of the default leaves most of these networks without an error.
@@ -90,7 +99,7 @@ def make_model():
     return keras.Model(inputs, keras.layers.Dense(10)(x))
 
 
-def train(batch_size, augmented, seed, epochs, images, labels):
+def train(batch_size, shifts, seed, epochs, images, labels):
     """Return a trained network. One seed gives the same start and order of images everywhere."""
     keras.utils.set_random_seed(seed)
     model = make_model()
@@ -108,7 +117,7 @@ def train(batch_size, augmented, seed, epochs, images, labels):
     # All epochs, drawn beforehand, are one long epoch for `fit`.
     generator = np.random.default_rng(seed)
     order = np.concatenate([generator.permutation(NUM_TRAIN) for _ in range(epochs)])
-    seen = shifted(images[order], generator) if augmented else images[order]
+    seen = shifted(images[order], generator) if shifts else images[order]
     model.fit(seen, labels[order], batch_size=batch_size, shuffle=False, verbose=0)
     return model
 
@@ -130,16 +139,16 @@ def train_and_examine(epochs, num_seeds):
     train_data, test_data = load_data()
     print("batch  shifts  seed  training loss  training accuracy  test error")
     models = []
-    for size, augmented, seed in itertools.product(BATCH_SIZES, COLORS, range(num_seeds)):
-        model = train(BATCH_SIZES[size], augmented, seed, epochs, *train_data)
+    for (size, shifts), seed in itertools.product(SETTINGS, range(num_seeds)):
+        model = train(BATCH_SIZES[size], shifts, seed, epochs, *train_data)
         found = examine(model, train_data, test_data)
         print(
-            f"{size:<5}  {'yes' if augmented else 'no':<6}  {seed:>4}"
+            f"{size:<5}  {'yes' if shifts else 'no':<6}  {seed:>4}"
             f"  {found['measures'][BASELINE]:>13.6f}  {found['train_accuracy']:>17.2%}"
             f"  {found['test_error']:>10.2%}",
             flush=True,
         )
-        models.append({"batch size": size, "shifts": augmented, "seed": seed, **found})
+        models.append({"batch size": size, "shifts": shifts, "seed": seed, **found})
     return models
 
 
@@ -193,34 +202,37 @@ def statement(taus, num_models):
     where = {
         "all": f"Over all {num_models} networks",
         "batch size": "Between small and large batches",
-        "shifts": "Between shifted and unshifted images",
-        "seed": "Between seeds alone",
+        "shifts": "Between training with and without shifts",
+        "seed": "Between seeds, all else equal",
     }
-    lines = []
-    for c, words in where.items():
-        right = [name for name in taus if taus[name][c] > TRACKS]
-        wrong = [name for name in taus if taus[name][c] < -TRACKS]
-        rest = [name for name in taus if name not in right + wrong]
-        lines += [f"{words},"]
-        lines += [f"  tau > {TRACKS}, the flatter generalises better: {_listed(right)};"]
-        lines += [f"  tau < -{TRACKS}, the flatter generalises worse: {_listed(wrong)};"]
-        lines += [f"  neither: {_listed(rest)}."]
+    baseline = taus[BASELINE]
+    better = [k for k, row in taus.items() if row["all"] > baseline["all"] + 0.05]
     followers = [k for k, row in taus.items() if k != BASELINE and row["with loss"] > 0.7]
-    better = [k for k, row in taus.items() if row["all"] > taus[BASELINE]["all"] + 0.05]
-    always = [k for k, row in taus.items() if all(row[c] > TRACKS for c in where)]
-    # The variance of tau of independent numbers.
+    # Two standard deviations of the tau of independent numbers.
     chance = 2 * math.sqrt(2 * (2 * num_models + 5) / (9 * num_models * (num_models - 1)))
     return [
-        *lines,
-        f"In every comparison these have tau > {TRACKS}: {_listed(always)}.",
-        f"The training loss has tau {taus[BASELINE]['all']:+.2f}; better by 0.05 or more are: "
-        f"{_listed(better)}.",
-        f"Little but the level of the loss (tau with it above 0.7) is seen by: {_listed(followers)}.",
-        f"One measure in twenty without any relation would have |tau| > {chance:.2f} over all.",
+        *(f"{words}: {verdicts(taus, c)}." for c, words in where.items()),
+        f"The training loss, no measure of flatness, has tau {baseline['all']:+.2f} over all; "
+        f"better by more than 0.05: {listed(better, taus)}.",
+        f"Mostly the level of the training loss (tau with it above 0.7) is what these see: "
+        f"{listed(followers, taus)}.",
+        f"Chance alone gives one measure in twenty |tau| > {chance:.2f} over all networks.",
     ]
 
 
-def _listed(names):
+def verdicts(taus, column):
+    """Return, in words, what a column of the table says of each measure."""
+    groups = {f"track the test error (tau > {TRACKS})": [], "fail": [], "point the wrong way": []}
+    track, fail, wrong = groups.values()
+    for name, row in taus.items():
+        (track if row[column] > TRACKS else wrong if row[column] < -TRACKS else fail).append(name)
+    return "; ".join(f"{listed(n, taus)} {verb}" for verb, n in groups.items() if n)
+
+
+def listed(names, taus):
+    """Return names with commas between them."""
+    if len(names) == len(taus):
+        return "all measures, the training loss among them,"
     return ", ".join(names) or "none"
 
 
@@ -228,15 +240,15 @@ def plot(models, taus, path):
     """Save a picture with a panel for each measure, the test error above it."""
     figure, axes = plt.subplots(3, 5, figsize=(15, 9), sharey=True, layout="constrained")
     for axis, (name, row) in zip(axes.flat, taus.items()):
-        for (shifts, colors), (size, color) in (
-            (item, pair) for item in COLORS.items() for pair in zip(BATCH_SIZES, item[1])
-        ):
+        for (size, shifts), color in SETTINGS.items():
             group = [m for m in models if (m["batch size"], m["shifts"]) == (size, shifts)]
             errors = 100 * np.array(column(group, "test_error"))
-            label = f"{size} batches, {'' if shifts else 'no '}shifts"
+            label = f"{size} batches, {'with' if shifts else 'no'} shifts"
             axis.scatter(column(group, name), errors, color=color, label=label)
         if min(column(models, name)) > 0:
             axis.set_xscale("log")
+        else:
+            axis.locator_params(axis="x", nbins=4)
         axis.set_title(f"{name}\ntau {row['all']:+.2f}", fontsize="medium")
     figure.supxlabel("measure (left is flatter)")
     figure.supylabel("test error, %")
@@ -258,7 +270,8 @@ def main():
     arguments.output.mkdir(parents=True, exist_ok=True)
     models = train_and_examine(arguments.epochs, arguments.seeds)
     taus = correlations(models)
-    print("", *table(taus), "", *statement(taus, len(models)), sep="\n")
+    sentences = [textwrap.fill(s, 100) for s in statement(taus, len(models))]
+    print("", *table(taus), "", *sentences, sep="\n")
     numbers = json.dumps({"models": models, "tau": taus}, indent=2)
     (arguments.output / "compare_minima.json").write_text(numbers)
     plot(models, taus, arguments.output / "compare_minima.png")

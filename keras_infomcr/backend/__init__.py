@@ -9,6 +9,9 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
   `function(weights, *args) -> (value, auxiliary)`.
 * `hessian_vector_product(function)`: `f(weights, vector, *args) -> ((value, auxiliary), gradients,
   products)` of such a function: H v, with v a list like the weights or `None` for the gradient.
+* `hessian_vector_products(function, compiled)`: `f(weights, vectors, *args) -> products` of a
+  `function(weights, *args) -> value`, with K vectors at once: `vectors[k]` and `products[k]` have
+  shape `[K, *weights[k].shape]`; a product may be `None` for zeros.
 * `jacobian(function, coupled, compiled)`: `f(weights, context, *args) -> (values, rows)` of a
   `function(weights, context, *args) -> values` of shape `[n]` and the widest float type; `rows[k]`
   has shape `[n, *weights[k].shape]`. Unless `coupled`, `values[i]` depends on row i of each of
@@ -92,6 +95,7 @@ devices = _module.devices
 float64_allowed = _module.float64_allowed
 forward = _module.forward
 hessian_vector_product = _module.hessian_vector_product
+hessian_vector_products = _module.hessian_vector_products
 is_chief = _module.is_chief
 is_traced = _module.is_traced
 jacobian = _module.jacobian

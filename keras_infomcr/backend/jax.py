@@ -66,6 +66,29 @@ def hessian_vector_product(function):
     return product
 
 
+def hessian_vector_products(function, compiled=True):
+    """Return `f(weights, vectors, *args) -> products`."""
+    jit = jax.jit if compiled else lambda f: f
+
+    @jit
+    @_alone
+    @_in_true_float32
+    def linearize(weights, *args):
+        return jax.linearize(lambda w: jax.grad(function)(w, *args), weights)[1]
+
+    @jit  # at the precision that was linearised at
+    def product(linear, vectors, k):
+        return linear([v[k] for v in vectors])
+
+    def products(weights, vectors, *args):
+        linear = linearize(weights, *args)
+        # Not in a compiled loop: there XLA's convolutions are slow on CPUs.
+        found = [product(linear, vectors, k) for k in range(len(vectors[0]))]
+        return [jax.numpy.stack(p) for p in zip(*found)]
+
+    return products
+
+
 def compiled(function):
     """Return the function, compiled by XLA."""
     return jax.jit(function)

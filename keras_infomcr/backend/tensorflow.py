@@ -47,6 +47,28 @@ def hessian_vector_product(function):
     return product
 
 
+def hessian_vector_products(function, compiled=True):
+    """Return `f(weights, vectors, *args) -> products`."""
+
+    def products(weights, vectors, *args):
+        with _alone(), _twice_differentiable_moments():
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                    inner.watch(weights)
+                    value = function(weights, *args)
+                gradients = inner.gradient(value, weights)
+                known = [k for k, g in enumerate(gradients) if g is not None]
+                gradients = [_dense(gradients[k]) for k in known]
+
+            def product(vector):
+                return _gradients(tape, gradients, weights, [vector[k] for k in known])
+
+            return tf.map_fn(product, vectors, fn_output_signature=_specs(weights))
+
+    return tf.function(products, reduce_retracing=True, autograph=False) if compiled else products
+
+
 def _alone():
     """Return the replica's context in a strategy that has no other."""
     context = tf.distribute.get_replica_context()

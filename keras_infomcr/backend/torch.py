@@ -47,6 +47,28 @@ def hessian_vector_product(function):
     return product
 
 
+def hessian_vector_products(function, compiled=True):
+    """Return `f(weights, vectors, *args) -> products`."""
+
+    def products(weights, vectors, *args):
+        attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with _true_float32(), torch.enable_grad(), attention:
+            weights = _leaves(weights)
+            gradients = _gradients(function(weights, *args), weights, create_graph=True)
+            # Those that depend on a weight.
+            known = [k for k, g in enumerate(gradients) if g is not None and g.requires_grad]
+            gradients, vectors = ([some[k] for k in known] for some in (gradients, vectors))
+            found = [
+                torch.autograd.grad(gradients, weights, v, retain_graph=True, allow_unused=True)
+                for v in zip(*vectors)
+            ]
+        if not found:
+            return [None] * len(weights)
+        return [None if p[0] is None else torch.stack(p) for p in zip(*found)]
+
+    return products
+
+
 def compiled(function):
     """Return the function."""
     return function

@@ -70,7 +70,9 @@ class MeasuringCallback(keras.callbacks.Callback):
         if not self.verbose:
             return
         named = [name for name in self.names if not name.endswith("_stderr")]
-        estimates = [f"{name} {found[name]:.5g} +- {found[f'{name}_stderr']:.2g}" for name in named]
+        estimates = [
+            f"{name} {found[name]:#.5g} +- {found[f'{name}_stderr']:#.3g}" for name in named
+        ]
         print(f"{when}: {', '.join(estimates)} ({seconds:.1f} s)")
         if self._num_measured == 2:
             share = 100 * seconds / epoch_seconds

@@ -35,8 +35,8 @@ def adaptive_sharpness(
         average:    E[L(w + rho |w| z)] - L(w),    z ~ N(0, I), or uniform in [-1, 1] for l-inf
 
     each for itself on every batch, averaged over the batches. Batch normalisation is in inference
-    mode. The maximum is sought by normalised gradient ascent; it is one from below. The model is
-    left as it is.
+    mode. The maximum is sought by normalised gradient ascent from w: what is found is at most
+    that, and 0 where the gradient vanishes. The model is left as it is.
 
     Reference: Kwon, Kim, Park and Choi, "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021,
     Eq. 3 (https://arxiv.org/abs/2102.11600); Andriushchenko, Croce, Mueller, Hein and Flammarion,

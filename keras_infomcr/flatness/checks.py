@@ -1,5 +1,8 @@
 """Checks of the models that are measured, and of the settings that measures share."""
 
+import sys
+import warnings
+
 import keras
 
 from keras_infomcr import validation
@@ -38,3 +41,11 @@ def check_sampling(num_examples, num_trials, batch_size, seed, verbose):
         validation.integer(minimum=1, num_examples=num_examples)
     if seed is not None:
         validation.integer(minimum=0, seed=seed)
+
+
+def warn(message):
+    """Warn at the line of the user's that has called the package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith("keras_infomcr."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

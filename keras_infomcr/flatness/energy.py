@@ -61,10 +61,10 @@ class Energy(LossFunction):
             return None
         y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
         if kind == "binary":
-            threshold = 0.0 if loss.from_logits else 0.5
+            threshold = 0.0 if getattr(loss, "from_logits", False) else 0.5
             y = ops.reshape(y, ops.shape(outputs))
             right = keras.metrics.binary_accuracy(y, outputs, threshold)
-        elif "Sparse" in type(loss).__name__:
+        elif "sparse" in getattr(loss, "__name__", type(loss).__name__).lower():
             right = keras.metrics.sparse_categorical_accuracy(y, outputs)
         else:
             right = keras.metrics.categorical_accuracy(y, outputs)

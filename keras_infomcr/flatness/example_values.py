@@ -7,13 +7,13 @@ their size where p_c rounds to 1 and grad l to 0.
 
 import contextlib
 import math
-import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
+from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.replaced import replaced
 from keras_infomcr.layers.logit_normalization import normalize_logits
 
@@ -47,12 +47,11 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
         return ExampleLoss(model)
     from_logits = getattr(loss, "from_logits", False)
     if not from_logits and logits is None:
-        warnings.warn(
+        warn(
             "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
             "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
             "for one output. Let the model return logits and compile it with a loss with "
-            "`from_logits=True` if that is wrong.",
-            stacklevel=5,
+            "`from_logits=True` if that is wrong."
         )
     if binary:
         return BinaryLogOdds(from_logits)

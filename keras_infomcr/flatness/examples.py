@@ -111,8 +111,11 @@ class Batches:
 
     def __iter__(self):
         if self._batches is not None:
+            batch = None
             for batch in _batches(self._batches):
                 yield _checked(*_to_arrays(batch))
+            if batch is None:
+                raise ValueError("The data must not be empty. Received: no batch")
             return
         for start in range(0, len(keras.tree.flatten(self._x)[0]), self._batch_size):
             rows = slice(start, start + self._batch_size)

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.gamma_hat import checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
@@ -113,6 +114,7 @@ def fisher_trace(
 
 
 def _measured(statistic, model, x, y, num_trials, settings):
+    validation.integer(minimum=1, num_trials=num_trials)
     settings = checked_settings(num_trials=num_trials, **settings)
     estimator = shared_estimator(model, x, y, settings)
     return Estimate.of([statistic(gram) / len(gram) for gram in estimator.measure_grams()])

@@ -1,14 +1,13 @@
 """Gamma-hat of a model, measured again and again on the same examples."""
 
 import concurrent.futures
-import warnings
 
 import keras
 import numpy as np
 
 from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
-from keras_infomcr.flatness.checks import check_built, check_compiled
+from keras_infomcr.flatness.checks import check_built, check_compiled, warn
 from keras_infomcr.flatness.estimate import standard_error
 from keras_infomcr.flatness.example_values import (
     ExampleLoss,
@@ -71,7 +70,7 @@ class GammaHatEstimator:
             geometry, cause = log_determinant(gram, self._grams.epsilon, num_weights)
             if cause and not self._warned:
                 self._warned = True
-                warnings.warn(f"gamma_hat is not finite: {cause}.", stacklevel=3)
+                warn(f"gamma_hat is not finite: {cause}.")
             parts.append((log_loss, geometry))
             if self._settings["num_trials"] == "auto" and self._enough(np.sum(parts, axis=1)):
                 break

@@ -10,6 +10,9 @@ from keras_infomcr.flatness.loss_function import LossFunction
 from keras_infomcr.flatness.progress import progress_bar
 from keras_infomcr.flatness.shared import shared
 
+# They share one forward and backward pass, and are all held in memory.
+_VECTORS_AT_ONCE = 10
+
 
 class Hessian:
     """The Hessian of the loss over data, known by its products with vectors `[W]`.
@@ -31,15 +34,21 @@ class Hessian:
 
     def product(self, vector):
         """Return the product with a vector."""
-        product = self._loss.hessian_vector_product(self._data, self._at, vector)
-        self._progress.add(1)
-        return product
+        return self.products(vector[None])[0]
+
+    def products(self, vectors):
+        """Return the products with vectors, arrays `[k, W]`."""
+        found = []
+        for start in range(0, len(vectors), _VECTORS_AT_ONCE):
+            some = vectors[start : start + _VECTORS_AT_ONCE]
+            found.append(self._loss.hessian_vector_products(self._data, self._at, some))
+            self._progress.add(len(some))
+        return np.concatenate(found)
 
     def probes(self, count):
-        """Yield random vectors of entries -1 and 1."""
-        for _ in range(count):
-            signs = self._generator.integers(0, 2, self.size, dtype="int8")
-            yield (2 * signs - 1).astype(self._loss.dtype)
+        """Return random vectors of entries -1 and 1, an array `[count, W]`."""
+        signs = self._generator.integers(0, 2, (count, self.size), dtype="int8")
+        return (2 * signs - 1).astype(self._loss.dtype)
 
 
 def measure_hessian(

@@ -47,8 +47,8 @@ def hessian_frobenius_norm(
     validation.integer(minimum=2, num_products=num_products)
 
     def squares(hessian):
-        products = map(hessian.product, hessian.probes(num_products))
-        return [np.square(p, dtype="float64").sum() for p in products]
+        products = hessian.products(hessian.probes(num_products))
+        return np.square(products, dtype="float64").sum(axis=1)
 
     trials = measure_hessian(squares, model, x, y, num_products, **settings)
     square = mean_estimate(trials)

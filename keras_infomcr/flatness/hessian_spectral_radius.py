@@ -1,7 +1,6 @@
 """The spectral radius of the Hessian: the largest curvature, by its size."""
 
 import dataclasses
-import warnings
 from typing import Any
 
 import keras
@@ -9,6 +8,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.core.lanczos import top_eigenvalues
+from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.hessian import measure_hessian
 
@@ -159,15 +159,14 @@ def _eigenvalues(model, x, y, count, order, tolerance, max_products, settings):
                 "`k` must not exceed the number of weights. "
                 f"Received: k={count}, {hessian.size} weights"
             )
-        start = next(hessian.probes(1))
+        (start,) = hessian.probes(1)
         return top_eigenvalues(hessian.product, start, count, order, tolerance, max_products)
 
     trials = measure_hessian(eigenvalues, model, x, y, max_products, **settings)
     worst = max(error for _, error in trials)
     if worst > tolerance:
-        warnings.warn(
+        warn(
             f"The eigenvalues have not converged: they may be wrong by {worst:.1g} of the largest. "
-            f"Received: tolerance={tolerance}, max_products={max_products}. Raise one of them.",
-            stacklevel=3,
+            f"Received: tolerance={tolerance}, max_products={max_products}. Raise one of them."
         )
     return np.array([values for values, _ in trials])

@@ -80,10 +80,10 @@ def hessian_trace(
 
     def trace(hessian):
         if method == "hutchinson":
-            return hutchinson(hessian.product, hessian.probes(num_products))
+            return hutchinson(hessian.products, hessian.probes(num_products))
         sketches = hessian.probes(num_products // 3)
         probes = hessian.probes(num_products - 2 * (num_products // 3))
-        return hutch_plus_plus(hessian.product, sketches, probes)
+        return hutch_plus_plus(hessian.products, sketches, probes)
 
     trials = measure_hessian(
         trace,

@@ -33,8 +33,8 @@ def input_jacobian_norm(
 
         (1 / N) sum_x ||d f(x) / d x||^2,    f the probabilities of the K classes
 
-    exactly, by the eigenvalues of the K x K Gram matrix of each example. Of a model without
-    classes f is the output itself.
+    exactly, by the eigenvalues of the K x K Gram matrix of each example. Where the loss is no
+    cross-entropy of one output, f is the output itself.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Sec. 7.1, "robustness" (https://arxiv.org/abs/1911.08192).
@@ -42,7 +42,7 @@ def input_jacobian_norm(
     Args:
         model: A compiled and built `keras.Model`.
         x: As for `hessian_trace`; floating-point numbers.
-        y: As for `hessian_trace`, but not used: it may be `None` with arrays too.
+        y: As for `hessian_trace`, but not used: with an array or a dictionary it may be `None`.
         norm: `"spectral"`, the largest singular value, or `"frobenius"`. Defaults to
             `"spectral"`.
         num_examples: Integer, at least 1: so many examples are drawn; or `None`: all are

@@ -95,11 +95,12 @@ def local_energy(
     print(result.error)
     ```
     """
-    sigmas = np.atleast_1d(np.asarray(sigma, "float64"))
-    for number in sigmas.ravel():
-        validation.non_negative(sigma=float(number))
-    if sigmas.ndim > 1 or not sigmas.size:
+    grid = np.ravel(np.array(sigma, object))
+    if np.ndim(sigma) > 1 or not grid.size:
         raise ValueError(f"`sigma` must be a number or a sequence. Received: sigma={sigma!r}")
+    for number in grid:
+        validation.non_negative(sigma=number)
+    sigmas = grid.astype("float64")
     validation.integer(minimum=1, num_samples=num_samples)
     validation.one_of("multiplicative", "additive", kind=kind)
     validation.boolean(reestimate_statistics=reestimate_statistics)
@@ -123,6 +124,6 @@ def local_energy(
             rise[:] = [energies(weights + energy.dtype.type(s) * noise) for s in sigmas]
             rise -= undisturbed
     means = rises.mean(axis=0)
-    stderrs = np.array([[standard_error(r) for r in grid] for grid in rises.transpose(1, 2, 0)])
+    stderrs = np.array([[standard_error(r) for r in rows] for rows in rises.transpose(1, 2, 0)])
     columns = means[:, 0], stderrs[:, 0], means[:, 1], stderrs[:, 1], sigmas
     return LocalEnergy(*(c if np.ndim(sigma) else float(c[0]) for c in columns))

@@ -79,7 +79,7 @@ def local_entropy(
     least = min(losses)
     terms = np.exp(least - np.array(losses))
     value = math.log(terms.mean()) - least
-    return Estimate(value, standard_error(terms) / terms.mean(), np.array(losses))
+    return Estimate(value, standard_error(terms) / float(terms.mean()), np.array(losses))
 
 
 def local_entropy_gradient_norm(
@@ -163,6 +163,6 @@ def local_entropy_gradient_norm(
 
     with progress_bar(num_chains * num_steps, verbose) as progress:
         gradients = np.array([gradient() for _ in range(num_chains)])
-    norms = np.linalg.norm(gradients, axis=1)
+    norms = np.linalg.norm(gradients, axis=1).astype("float64")
     mean = float(np.linalg.norm(gradients.mean(axis=0)))
     return Estimate(mean, standard_error(norms), norms)

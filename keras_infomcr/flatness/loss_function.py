@@ -7,12 +7,12 @@ import threading
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import check_built, check_compiled
 from keras_infomcr.flatness.example_values import no_weight_penalties
-from keras_infomcr.objective import Objective
-from keras_infomcr.regularizers.coupling import is_mean_over_examples
+from keras_infomcr.objective import Objective, is_mean_over_examples
 
 
 class LossFunction:
@@ -48,7 +48,9 @@ class LossFunction:
         self._lock = threading.Lock()
         self._loss = self.compiled(self._loss_of_batch)
         self._gradient = self.compiled(backend.value_and_grad(self._with_nothing_else))
-        self._products = self.compiled(backend.hessian_vector_product(self._with_nothing_else))
+        self._products = backend.hessian_vector_products(
+            self._loss_of_batch, compiled=not model.run_eagerly
+        )
 
     def compiled(self, function):
         """Return the function, compiled unless the model asks to run eagerly."""
@@ -61,7 +63,7 @@ class LossFunction:
 
     def weights(self):
         """Return the model's weights as they are."""
-        return self.vector([keras.ops.copy(v) for v in self.model.trainable_variables])
+        return self.vector([ops.copy(v) for v in self.model.trainable_variables])
 
     def state(self):
         """Return the model's other variables as they are, a list of arrays."""
@@ -72,14 +74,14 @@ class LossFunction:
         vector = np.zeros(self.size, self.dtype)
         for part, array in zip(self._parts(vector), arrays):
             if array is not None:
-                part[...] = keras.ops.convert_to_numpy(array)
+                part[...] = ops.convert_to_numpy(array)
         return vector
 
     def arrays(self, vector):
         """Return a vector as a list of the framework's arrays like the weights."""
         variables = self.model.trainable_variables
         parts = zip(self._parts(vector), variables)
-        return [keras.ops.convert_to_tensor(part, dtype=v.dtype) for part, v in parts]
+        return [ops.convert_to_tensor(part, dtype=v.dtype) for part, v in parts]
 
     def _parts(self, vector):
         ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
@@ -107,14 +109,21 @@ class LossFunction:
         loss, *gradients = self.mean(gradient, data, at)
         return float(loss), self.vector(gradients)
 
-    def hessian_vector_product(self, data, at, vector):
-        """Return the Hessian of the loss, times a vector."""
-        vector = self.arrays(np.asarray(vector, self.dtype))
+    def hessian_vector_products(self, data, at, vectors):
+        """Return the Hessian of the loss times each of some vectors, arrays `[k, W]`."""
+        stacks = zip(*(self._parts(np.asarray(v, self.dtype)) for v in vectors))
+        variables = self.model.trainable_variables
+        stacks = [ops.convert_to_tensor(np.stack(s), v.dtype) for s, v in zip(stacks, variables)]
 
-        def product(weights, state, vector, x, y):
-            return self._products(weights, vector, state, x, y)[2]
+        def products(weights, state, stacks, x, y):
+            return self._products(weights, stacks, state, x, y)
 
-        return self.vector(self.mean(product, data, (*at, vector)))
+        found = self.mean(products, data, (*at, stacks))
+        columns = [
+            np.zeros((len(vectors), math.prod(shape)), self.dtype) if p is None else p
+            for p, shape in zip(found, self._shapes)
+        ]
+        return np.concatenate([c.reshape(len(vectors), -1) for c in columns], axis=1)
 
     def mean(self, function, data, args):
         """Return the mean of a function over the examples of data, batch by batch.
@@ -138,7 +147,7 @@ class LossFunction:
                 if batch is None:
                     return sums, count
                 size = len(keras.tree.flatten(batch)[0])
-                batch = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+                batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
                 found = backend.on_device(device, function, *args, *batch)
                 found = found if isinstance(found, (list, tuple)) else [found]
                 terms = [None if array is None else size * array for array in found]
@@ -152,8 +161,6 @@ class LossFunction:
             with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
                 shares = list(pool.map(share, devices))
         total = sum(count for _, count in shares)
-        if not total:
-            raise ValueError("The data must not be empty. Received: no batch")
         shares = [[_to_numpy(array) for array in sums] for sums, _ in shares if sums is not None]
         return [
             None if array is None else array / total for array in functools.reduce(_added, shares)
@@ -175,4 +182,4 @@ def _added(sums, terms):
 
 
 def _to_numpy(array):
-    return None if array is None else keras.ops.convert_to_numpy(array)
+    return None if array is None else ops.convert_to_numpy(array)

@@ -3,7 +3,7 @@
 import keras
 from keras import layers
 
-from keras_infomcr.objective import HALF_PRECISION
+from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
 
 # Layers that map each example by itself, draw no random numbers and make no masks.
 _BY_EXAMPLE = (
@@ -22,16 +22,6 @@ _BY_EXAMPLE = (
     layers.UnitNormalization, layers.Add, layers.Subtract, layers.Multiply, layers.Average,
     layers.Maximum, layers.Minimum,
 )  # fmt: skip
-
-
-def is_mean_over_examples(model):
-    """Return whether the compiled losses say that they are means over the examples of the batch.
-
-    Only then is L(B) = sum_i (b_i/B) L(B_i) for a model that maps each example by itself.
-    """
-    losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
-    reductions = {getattr(loss, "reduction", "sum_over_batch_size") for loss in losses}
-    return reductions <= {"sum_over_batch_size", "mean"}
 
 
 def couples_no_examples(model):

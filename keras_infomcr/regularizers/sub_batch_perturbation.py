@@ -11,7 +11,7 @@ from keras_infomcr.core.sub_batch_averages import (
     finite_differences,
     hessian_vector_products,
 )
-from keras_infomcr.objective import HALF_PRECISION
+from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer
 from keras_infomcr.scalars import times, to_shortest_float
@@ -149,7 +149,7 @@ class SubBatchPerturbation(Regularizer):
 
     def gives_main_gradient(self, model):
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        averages = coupling.is_mean_over_examples(model)
+        averages = is_mean_over_examples(model)
         if self.main_gradient == "auto":
             return coupling.couples_no_examples(model)
         if self.main_gradient == "sub_batches" and not averages:

@@ -249,7 +249,7 @@ def test_verbose_prints_a_line_for_each_measurement(data, capsys, verbose):
     for line, epoch in zip(lines, (2, 3)):
         assert re.fullmatch(rf"Epoch {epoch}: gamma_hat {number} \+- {number} \(\d+\.\d s\)", line)
     if verbose:
-        assert f"{callback.result.value:.2f} +- {callback.result.stderr:.2f}" in lines[1]
+        assert f"{callback.result.value:#.5g} +- {callback.result.stderr:#.3g}" in lines[1]
         assert re.fullmatch(r"gamma_hat takes \d+\.\d % of an epoch's time", lines[2])
 
 

@@ -94,6 +94,7 @@ def test_a_schedule_goes_on_in_a_second_fit():
     assert strengths == [1.0, 0.875, 0.75, 0.625]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_step", [False, True])
 def test_it_acts_on_training(by_step):
     """A schedule trains as a strength that is set by hand does, and nothing is traced again."""

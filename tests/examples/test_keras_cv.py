@@ -9,6 +9,7 @@ from keras_infomcr.flatness import gamma_hat
 keras_cv = pytest.importorskip("keras_cv", reason="the extra cv is not installed")
 
 
+@pytest.mark.slow
 def test_image_classifier_trains_saves_and_loads(tmp_path, rng):
     backbone = keras_cv.models.ResNetBackbone(
         stackwise_filters=[64],

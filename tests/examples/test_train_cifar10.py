@@ -71,6 +71,7 @@ def assert_same_end(tmp_path, *names):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @interrupted
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(command, tmp_path, monkeypatch):
     # The gate depends on what was before the interruption: the drop of the learning rate.
@@ -134,6 +135,7 @@ def test_the_last_checkpoint_is_that_of_the_latest_epoch(command, data, tmp_path
     assert run_folder.prepare(settings, train_cifar10.make_model(settings, load(data))) == 1000
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_to_begin_leaves_its_folder_free(command):
     options = ["--regularize", "never", "--epochs", "1"]
     with pytest.raises(ValueError, match="`batch_size` must be at most"):
@@ -150,6 +152,7 @@ def test_a_diverged_run_is_reported(command, tmp_path, capsys):
     assert "test_cross_entropy   nan" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_last_checkpoint(command, data, tmp_path, capsys):
     train_cifar10.main(command("run", "--gamma-every", "3", "--gamma-trials", "2"))
     report = json.loads((tmp_path / "run/results.json").read_text())
@@ -232,6 +235,7 @@ def test_a_folder_is_not_written_over(command):
         )
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_resumed(command, tmp_path):
     arguments = command("run", "--epochs", "1", "--regularize", "never")
     train_cifar10.main(arguments)

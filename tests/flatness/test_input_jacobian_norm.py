@@ -191,12 +191,7 @@ def test_integers_are_refused(data, dtype):
         ({"verbose": 2}, "`verbose` must be one of 0, 1. Received: verbose=2"),
         ({"x": np.full((3, 6), np.nan)}, "`x` must be finite."),
         ({"x": np.zeros((0, 6))}, "The data must not be empty."),
-        # BUG in the package: NumPy's "need at least one array to concatenate".
-        pytest.param(
-            {"x": []},
-            "The data must not be empty. Received: no batch",
-            marks=pytest.mark.xfail(reason="message of NumPy", strict=True),
-        ),
+        ({"x": []}, "The data must not be empty. Received: no batch"),
         ({"x": [np.zeros((3, 6))]}, "Labels are needed. Received: batches of x alone."),
     ],
 )  # fmt: skip

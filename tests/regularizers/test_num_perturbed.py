@@ -47,6 +47,7 @@ def flat(arrays):
     return np.concatenate([np.ravel(numpy(a)) for a in arrays])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [8, 7])
 @pytest.mark.parametrize("num_perturbed", [1, 2, 3])
 @pytest.mark.parametrize("main_gradient", MAIN_GRADIENTS)

@@ -1,0 +1,234 @@
+"""Time the measures of flatness against epochs of training, and against libraries for torch.
+
+    python benchmarks/flatness.py --quick
+    python benchmarks/flatness.py --networks mlp resnet-20
+    KERAS_BACKEND=torch python benchmarks/flatness.py --networks --versus
+
+prints the tables and keeps them, as JSON, in benchmarks/results/; `--docs FILE` puts the tables of
+all JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND
+chooses the backend.
+
+A measure's cost is that of its passes over the data, in units of one epoch of forward and backward
+passes over the same data in the same batches; both are compiled before they are timed. `--versus`
+(on torch; needs curvlinops-for-pytorch and pyhessian) times the largest eigenvalue of the Hessian
+at the same tolerance and its trace from as many products, of the same network, weights and data.
+"""
+
+import argparse
+import functools
+import pathlib
+import statistics
+import sys
+import time
+import warnings
+
+import keras
+import numpy as np
+import report as reports
+from keras import layers
+from machine import BACKEND
+
+from keras_infomcr import flatness
+from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.shared import sharing
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from gamma_hat import make  # noqa: E402
+
+# Settings of few passes, the number of these passes, and that of the defaults.
+MEASURES = {
+    "hessian_trace": ({"num_products": 6}, 6, 30),
+    "hessian_frobenius_norm": ({"num_products": 6}, 6, 30),
+    "hessian_spectral_radius": ({"max_products": 6, "tolerance": 1e-12}, 6, None),
+    "hessian_top_eigenvalues": ({"max_products": 6, "tolerance": 1e-12}, 6, None),
+    "hessian_spectral_density": ({"num_probes": 1, "num_steps": 6}, 6, 150),
+    "fisher_trace": ({"num_examples": 100, "num_trials": 1}, 0.5, 5),
+    "input_jacobian_norm": ({}, 1, 1),
+    "local_energy": ({"num_samples": 5}, 6, 21),
+    "local_entropy": ({"num_samples": 5}, 5, 20),
+    "local_entropy_gradient_norm": ({"num_chains": 1, "num_steps": 5}, 5, 80),
+    "adaptive_sharpness": ({"num_steps": 5}, 6, 21),
+}
+BATCH_SIZE, NUM_EXAMPLES = 100, 200
+NUM_PRODUCTS, TOLERANCE = 30, 1e-3
+
+
+def timed(functions, rounds):
+    """Return the median seconds of each function, called in turn; the first call is not timed."""
+    seconds = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def epoch(model, x, y):
+    """Return a function that takes the gradient of the loss over all of the data."""
+    loss = LossFunction(model)
+    starts = range(0, len(x), BATCH_SIZE)
+    data = [(x[i : i + BATCH_SIZE], y[i : i + BATCH_SIZE]) for i in starts]
+    return lambda: loss.gradient(data, loss.at())
+
+
+def costs(network, rounds):
+    """Return the row of a network: what a pass of each measure takes, in epochs."""
+    model, x, y = make(network)
+    functions, kept = {"epoch": epoch(model, x, y)}, {}
+
+    def measured(name, settings):
+        batches = {} if name.startswith("fisher") else {"batch_size": BATCH_SIZE}
+        with sharing(kept), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few products do not converge
+            getattr(flatness, name)(model, x, y, seed=0, **batches, **settings)
+
+    for name, (settings, _, _) in MEASURES.items():
+        functions[name] = functools.partial(measured, name, settings)
+    seconds = timed(functions, rounds)
+    unit = seconds.pop("epoch")
+    passes = {name: s / unit / MEASURES[name][1] for name, s in seconds.items()}
+    return {"network": network, "epoch_seconds": unit, "epochs_a_pass": passes}
+
+
+def twins(network):
+    """Return a Keras model, a torch module of the same weights, and data for them."""
+    import torch
+    from torch import nn
+
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    if network == "perceptron":
+        sizes, stack, modules = [64, 256, 256, 10], [keras.Input((64,))], []
+        for i, size in enumerate(sizes[1:]):
+            stack.append(layers.Dense(size, "relu" if size > 10 else None))
+            modules += [nn.Linear(sizes[i], size), *([nn.ReLU()] if size > 10 else [])]
+        x = rng.normal(size=(1000, 64)).astype("float32")
+    else:
+        keras.config.set_image_data_format("channels_first")  # as torch has it
+        stack = [keras.Input((3, 16, 16))]
+        stack += [layers.Conv2D(32, 3, activation="relu"), layers.Conv2D(32, 3, activation="relu")]
+        stack += [layers.GlobalAveragePooling2D(), layers.Dense(10)]
+        modules = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()]
+        modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+        x = rng.normal(size=(500, 3, 16, 16)).astype("float32")
+    model, module = keras.Sequential(stack), nn.Sequential(*modules)
+    y = rng.integers(10, size=len(x))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, epochs=5, verbose=0)  # else all eigenvalues are of one size
+    for parameter, weight in zip(module.parameters(), model.get_weights()):
+        axes = (3, 2, 0, 1) if weight.ndim == 4 else None
+        parameter.data.copy_(torch.tensor(weight.transpose(axes)))
+    device = model.trainable_variables[0].value.device
+    batches = [
+        tuple(torch.tensor(a[i : i + BATCH_SIZE], device=device) for a in (x, y))
+        for i in range(0, len(x), BATCH_SIZE)
+    ]
+    return model, module.to(device).eval(), (x, y), batches
+
+
+def versus(network, rounds):
+    """Return the row of a network: seconds, results and ratios of three libraries."""
+    import curvlinops
+    import torch
+    from pyhessian import hessian
+    from scipy.sparse.linalg import eigsh
+
+    torch.set_num_threads(1)  # of CPUs, where others' work would disturb two more than one
+    model, module, data, batches = twins(network)
+    loss, found = torch.nn.CrossEntropyLoss(), {}
+    cuda = batches[0][0].is_cuda
+
+    def operator():
+        parameters = list(module.parameters())
+        return curvlinops.HessianLinearOperator(
+            module, loss, parameters, batches, check_deterministic=False
+        )
+
+    def of_pyhessian():
+        return hessian(module, loss, dataloader=batches, cuda=cuda)
+
+    def kept(name, value):
+        found[name] = float(np.ravel(value)[0])
+
+    settings = {"batch_size": BATCH_SIZE, "seed": 0}
+    top = functools.partial(flatness.hessian_top_eigenvalues, model, *data, k=1, **settings)
+    trace = functools.partial(flatness.hessian_trace, model, *data, **settings)
+    largest = {"k": 1, "which": "LM", "tol": TOLERANCE}
+    functions = {
+        "eigenvalue/ours": lambda: top(tolerance=TOLERANCE).value,
+        "eigenvalue/curvlinops": lambda: eigsh(operator().to_scipy(), **largest)[0],
+        "eigenvalue/pyhessian": lambda: of_pyhessian().eigenvalues(1000, TOLERANCE)[0],
+        "trace/ours": lambda: trace(num_products=NUM_PRODUCTS).value,
+        "trace/curvlinops": lambda: curvlinops.hutchpp_trace(operator(), NUM_PRODUCTS).item(),
+        "trace/pyhessian": lambda: np.mean(of_pyhessian().trace(NUM_PRODUCTS, 0.0)),
+    }
+    calls = {name: lambda n=name, f=f: kept(n, f()) for name, f in functions.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seconds = timed(calls, rounds)
+    return {"network": network, "seconds": seconds, "found": found}
+
+
+def table(report):
+    """Return a report as tables in Markdown."""
+    lines = [f"{report['versions']}:", ""]
+    rows = [r for r in report["rows"] if "epochs_a_pass" in r]
+    if rows:
+        names = " | ".join(f"{r['network']}: a pass | at the defaults" for r in rows)
+        lines.append(f"| measure | passes at the defaults | {names} |")
+        lines.append("|---|--:" + "|--:|--:" * len(rows) + "|")
+        for name, (_, _, default) in MEASURES.items():
+            cells = [f"{default:g}" if default else "as needed"]
+            for row in rows:
+                cost = row["epochs_a_pass"][name]
+                cells += [f"{cost:.2f}", f"{cost * default:.0f}" if default else ""]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        lines.append("")
+    rows = [r for r in report["rows"] if "found" in r]
+    if rows:
+        lines.append("| network | quantity | library | found | seconds | times ours |")
+        lines.append("|---|---|---|--:|--:|--:|")
+        for row in rows:
+            for name, seconds in row["seconds"].items():
+                quantity, library = name.split("/")
+                ratio = seconds / row["seconds"][f"{quantity}/ours"]
+                lines.append(
+                    f"| {row['network']} | {quantity} | {library} | {row['found'][name]:.4g} "
+                    f"| {seconds:.2f} | {ratio:.2f} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    """Measure, print and keep, or write the docs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", default=["mlp"])
+    parser.add_argument("--versus", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="One round of the smallest network.")
+    parser.add_argument("--docs", type=pathlib.Path)
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    if options.docs:
+        reports.write_docs(options.output, "flatness", table, options.docs)
+        return
+    if options.versus and BACKEND != "torch":
+        parser.error("--versus needs KERAS_BACKEND=torch")
+    rounds = 1 if options.quick else options.rounds
+    report, path = reports.load(options.output, "flatness")
+    rows = [costs(network, rounds) for network in options.networks]
+    if options.versus:
+        rows += [versus(network, rounds) for network in ("perceptron", "convnet")]
+    names = {(row["network"], "found" in row) for row in rows}
+    others = [r for r in report["rows"] if (r["network"], "found" in r) not in names]
+    report["rows"] = others + rows
+    reports.save(report, path)
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
