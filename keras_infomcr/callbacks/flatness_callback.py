@@ -8,7 +8,12 @@ import numpy as np
 
 from keras_infomcr import flatness
 from keras_infomcr.callbacks.measuring_callback import MeasuringCallback
+from keras_infomcr.flatness.checks import check_compiled
+from keras_infomcr.flatness.examples import Batches
 from keras_infomcr.flatness.shared import sharing
+
+# Names of `flatness` that stand for no number of a model.
+_NO_MEASURES = {"gamma_hat_by_layer", "hessian_spectral_density", "pac_bayes_bound", "plot"}
 
 
 class FlatnessCallback(MeasuringCallback):
@@ -17,7 +22,8 @@ class FlatnessCallback(MeasuringCallback):
     For each measure, its name and the name with `_stderr` are added to the logs of each epoch,
     NaN for an epoch without a measurement. Put the callback before those that read them
     (`CSVLogger`, `TensorBoard`). It works with any `keras.Model`, and leaves the model, its
-    optimizer and all seeds as they are. What the measures compile they keep while `fit` runs.
+    optimizer and all seeds as they are. What the measures compile they keep while `fit` runs;
+    gamma-hat and Fisher measures without a seed keep their draw of examples too.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
@@ -36,7 +42,10 @@ class FlatnessCallback(MeasuringCallback):
         results: Dictionary of the last results by name, empty before the first.
 
     Raises:
-        ValueError: If an argument is out of its range, or two measures have the same name.
+        TypeError: When training begins, if the data are of a wrong type.
+        ValueError: If an argument is out of its range, or two measures have the same name; when
+            training begins, if the data are empty, hold NaN or infinity, or can be read once
+            only; at the first measurement, what a measure raises.
 
     Example:
 
@@ -72,6 +81,12 @@ class FlatnessCallback(MeasuringCallback):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
+        check_compiled(self.model)
+        Batches(*self.examples(), batch_size=1)  # checks the data
+        self._compiled = {}
+
+    def on_train_end(self, logs=None):
+        super().on_train_end(logs)
         self._compiled = {}
 
     def measure(self):
@@ -93,7 +108,7 @@ class FlatnessCallback(MeasuringCallback):
 def _named(measure):
     """Return the name of a measure and its function."""
     if isinstance(measure, str):
-        names = {n for n in flatness.__all__ if n.islower()} - {"pac_bayes_bound", "plot"}
+        names = {n for n in flatness.__all__ if n.islower()} - _NO_MEASURES
         if measure not in names:
             raise ValueError(
                 f"`measures` must hold functions, or some of the names {sorted(names)}. "

@@ -78,7 +78,7 @@ def adaptive_sharpness(
     validation.positive(rho=rho)
     validation.integer(minimum=1, num_steps=num_steps, num_samples=num_samples)
     check_sampling(num_examples, 1, batch_size, seed, verbose)
-    loss = shared(("loss", False), lambda: LossFunction(model))
+    loss = shared(("loss", False), lambda: LossFunction(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     generator = np.random.default_rng(seed)
     weights, rises = loss.weights(), []

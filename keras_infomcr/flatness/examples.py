@@ -5,6 +5,8 @@ import itertools
 import keras
 import numpy as np
 
+from keras_infomcr import backend
+
 
 def read_examples(x, y, limit):
     """Read labelled examples from arrays or from batches.
@@ -111,9 +113,10 @@ class Batches:
 
     def __iter__(self):
         if self._batches is not None:
-            batch = None
+            batch, random_state = None, backend.random_state()
             for batch in _batches(self._batches):
                 yield _checked(*_to_arrays(batch))
+            backend.set_random_state(random_state)  # which torch's `DataLoader` draws from
             if batch is None:
                 raise ValueError("The data must not be empty. Received: no batch")
             return

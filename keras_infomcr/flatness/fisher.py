@@ -18,8 +18,6 @@ def fisher_spectral_radius(
 
         I = (1 / N') J^T J,    rho(I) = lambda_max(J J^T) / N',    J_i = grad l_i
 
-    It is that of the Hessian where the model fits soft labels exactly (Eq. 1 of the reference).
-
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
 

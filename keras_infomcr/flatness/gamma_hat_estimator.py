@@ -26,8 +26,8 @@ _FEWEST_TRIALS, _MOST_TRIALS = 5, 100
 
 def shared_estimator(model, x, y, settings):
     """Return a `GammaHatEstimator`, the one that `sharing` keeps for these data and settings."""
-    key = "gamma_hat", id(x), id(y), *settings.items()
-    return shared(key, lambda: GammaHatEstimator(model, x, y, **settings))
+    name = "gamma_hat", *settings.items()
+    return shared(name, lambda: GammaHatEstimator(model, x, y, **settings), model, x, y)
 
 
 class GammaHatEstimator:

@@ -45,6 +45,10 @@ class Hessian:
             self._progress.add(len(some))
         return np.concatenate(found)
 
+    def direction(self):
+        """Return a random vector of any direction."""
+        return self._generator.standard_normal(self.size, self._loss.dtype)
+
     def probes(self, count):
         """Return random vectors of entries -1 and 1, an array `[count, W]`."""
         signs = self._generator.integers(0, 2, (count, self.size), dtype="int8")
@@ -85,7 +89,7 @@ def measure_hessian(
     """
     check_sampling(num_examples, num_trials, batch_size, seed, verbose)
     validation.boolean(training=training)
-    loss = shared(("loss", training), lambda: LossFunction(model, training))
+    loss = shared(("loss", training), lambda: LossFunction(model, training), model)
     generator = np.random.default_rng(seed)
     trials = trial_batches(x, y, num_examples, num_trials, batch_size, seed)
     with progress_bar(num_products * len(trials), verbose) as progress:

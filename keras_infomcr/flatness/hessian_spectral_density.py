@@ -19,7 +19,8 @@ class SpectralDensity:
     Attributes:
         value: Array `[G]`, the fraction of the eigenvalues per unit of their size, blurred by a
             Gaussian of the standard deviation `width`. Its integral is 1.
-        stderr: Array `[G]`, its standard error over the probes. NaN for a single probe.
+        stderr: Array `[G]`, its standard error: over the trials if there are several, else over
+            the probes. NaN for a single one.
         grid: Array `[G]`, the sizes, ascending.
         width: Float.
         num_weights: Integer, W, the number of eigenvalues.
@@ -91,7 +92,8 @@ def hessian_spectral_density(
     nodes = np.concatenate([nodes for nodes, _ in rules])
     width = width or float(np.ptp(nodes)) / 100 or abs(float(nodes[0])) / 100 or 1.0
     grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 1000)
-    densities = np.array([_blurred(grid, *rule, width) for rule in rules])
+    densities = np.array([[_blurred(grid, *rule, width) for rule in trial] for trial in trials])
+    densities = densities[0] if len(trials) == 1 else densities.mean(axis=1)
     stderr = np.array([standard_error(column) for column in densities.T])
     return SpectralDensity(densities.mean(axis=0), stderr, grid, width, sizes[0])
 

@@ -22,8 +22,8 @@ class SpectralRadius(Estimate):
         stderr: Float, its standard error over the trials. NaN without trials.
         samples: Array, one number a trial.
         largest: Float, the largest eigenvalue, averaged likewise.
-        smallest: Float, the smallest eigenvalue, averaged likewise; negative unless the loss is
-            convex.
+        smallest: Float, the smallest eigenvalue, averaged likewise; negative, as a rule, unless
+            the loss is convex.
     """
 
     largest: float
@@ -64,9 +64,10 @@ def hessian_spectral_radius(
         x: As for `hessian_trace`.
         y: As for `hessian_trace`.
         tolerance: Float, greater than 0. There is an eigenvalue within this fraction of the
-            spectral radius of each of the two extremes. Their own errors are, as a rule, of the
-            order of the square of that fraction. Defaults to 0.01.
-        max_products: Integer, at least 1. Hessian-vector products at most, of all the data or a
+            spectral radius of each of the two extremes. The error of one that is well apart from
+            other eigenvalues is, as a rule, of the order of the square of that fraction. Defaults
+            to 0.01.
+        max_products: Integer, at least 2. Hessian-vector products at most, of all the data or a
             trial; some 10 to 20 are usual. If they do not suffice, a warning says so. Defaults
             to 100.
         **settings: `num_examples`, `num_trials`, `batch_size`, `training`, `seed` and `verbose`,
@@ -122,7 +123,7 @@ def hessian_top_eigenvalues(
             Defaults to 10.
         tolerance: Float, greater than 0. There is an eigenvalue within this fraction of the
             largest of each; as for `hessian_spectral_radius`. Defaults to 0.01.
-        max_products: As for `hessian_spectral_radius`. Defaults to 200.
+        max_products: Integer, at least k; as for `hessian_spectral_radius`. Defaults to 200.
         **settings: As for `hessian_spectral_radius`.
 
     Returns:
@@ -151,7 +152,7 @@ def hessian_top_eigenvalues(
 def _eigenvalues(model, x, y, count, order, tolerance, max_products, settings):
     """Return the eigenvalues of each trial, an array `[T, count]`."""
     validation.positive(tolerance=tolerance)
-    validation.integer(minimum=1, max_products=max_products)
+    validation.integer(minimum=count, max_products=max_products)
 
     def eigenvalues(hessian):
         if count > max(hessian.size, 2):
@@ -159,12 +160,12 @@ def _eigenvalues(model, x, y, count, order, tolerance, max_products, settings):
                 "`k` must not exceed the number of weights. "
                 f"Received: k={count}, {hessian.size} weights"
             )
-        (start,) = hessian.probes(1)
+        start = hessian.direction()
         return top_eigenvalues(hessian.product, start, count, order, tolerance, max_products)
 
     trials = measure_hessian(eigenvalues, model, x, y, max_products, **settings)
-    worst = max(error for _, error in trials)
-    if worst > tolerance:
+    worst = max((error for _, error in trials if error > tolerance), default=None)
+    if worst:
         warn(
             f"The eigenvalues have not converged: they may be wrong by {worst:.1g} of the largest. "
             f"Received: tolerance={tolerance}, max_products={max_products}. Raise one of them."

@@ -37,10 +37,11 @@ def hessian_trace(
         model: A compiled and built `keras.Model`.
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`
-            that can be read again and again. Sample weights are not used.
+            that can be read again and again and give the same examples each time. Sample weights
+            are not used.
         y: Array or structure of arrays `[N, ...]`, the labels; `None` if `x` gives batches.
         num_products: Integer, at least 2, at least 6 for `"hutch++"`. Hessian-vector products,
-            of all the data or a trial, each of the cost of some 3 passes of training. The
+            of all the data or a trial, each of the cost of some 2 to 4 epochs of training. The
             standard error falls as its square root or faster. Defaults to 30.
         method: `"hutchinson"` or `"hutch++"`, which spends two thirds of the products on the
             largest eigenvalues, exactly, and estimates the rest. Its standard error is the
@@ -50,12 +51,14 @@ def hessian_trace(
         num_examples: Integer, at least 1, N', the examples of a trial; or `None`: all of the
             data is measured, in batches. Defaults to `None`.
         num_trials: Integer, at least 1. T, the trials averaged, if `num_examples` is given.
-            Trials share no example until all have been used. Defaults to 10.
+            Trials share no example until all have been used; of data in batches the first
+            `num_examples * num_trials` are read. Defaults to 10.
         batch_size: Integer, at least 1: examples that go through the model together, unless the
-            data come in batches. With `training=False` it does not change the result. Defaults
-            to 128.
+            data come in batches. With `training=False` it does not change the result, unless
+            masks or an `ignore_class` weight the examples. Defaults to 128.
         training: Boolean, whether batch normalisation uses the statistics of the batch, and
-            random layers act. Defaults to `False`.
+            random layers act, with the masks that the model's own seeds give. Defaults to
+            `False`.
         seed: Integer or `None`, of all draws. Defaults to new draws each time.
         verbose: 0 or 1. With 1, a progress bar counts the passes over the data. Defaults to 0.
 

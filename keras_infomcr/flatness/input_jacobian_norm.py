@@ -69,7 +69,7 @@ def input_jacobian_norm(
     check_sampling(num_examples, 1, batch_size, seed, verbose)
     if y is None and (isinstance(x, dict) or hasattr(x, "__array__")):
         y = np.zeros(len(keras.tree.flatten(x)[0]))
-    jacobian = shared("input_jacobian", lambda: InputJacobian(model))
+    jacobian = shared("input_jacobian", lambda: InputJacobian(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     samples = []
     with progress_bar(None, verbose) as progress:

@@ -74,8 +74,8 @@ def local_energy(
         reestimate_statistics: Boolean, whether batch normalisation gets, for the disturbed weights
             and for w, the statistics that the data give it: another pass for each. Defaults to
             `False`.
-        num_examples: Integer, at least 1: so many examples are drawn; or `None`: all are
-            measured. Defaults to `None`.
+        num_examples: Integer, at least 1: so many examples are drawn, of data in batches the
+            first are read; or `None`: all are measured. Defaults to `None`.
         batch_size: Integer, at least 1: examples that go through the model together. Defaults
             to 128.
         seed: Integer or `None`, of all draws. Defaults to new draws each time.
@@ -105,7 +105,7 @@ def local_energy(
     validation.one_of("multiplicative", "additive", kind=kind)
     validation.boolean(reestimate_statistics=reestimate_statistics)
     check_sampling(num_examples, 1, batch_size, seed, verbose)
-    energy = shared("energy", lambda: Energy(model))
+    energy = shared("energy", lambda: Energy(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     generator = np.random.default_rng(seed)
     weights, state = energy.weights(), energy.state()

@@ -67,7 +67,7 @@ def local_entropy(
     validation.positive(gamma=gamma)
     validation.integer(minimum=1, num_samples=num_samples)
     check_sampling(num_examples, 1, batch_size, seed, verbose)
-    loss = shared(("loss", False), lambda: LossFunction(model))
+    loss = shared(("loss", False), lambda: LossFunction(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     generator = np.random.default_rng(seed)
     weights, losses = loss.weights(), []
@@ -102,7 +102,8 @@ def local_entropy_gradient_norm(
 
     Each chain steps through weights w' and, with the same noise, through weights drawn from the
     Gaussian alone, whose mean is w. What is averaged is the difference of the two, over the
-    second half of the steps: the noise, which is far larger, drops out.
+    second half of the steps: the noise, which is far larger, drops out. The squared norm is
+    estimated by the products of different chains, whose noise is not in it.
 
     Reference: Chaudhari et al., "Entropy-SGD: Biasing Gradient Descent Into Wide Valleys", ICLR
     2017, Eq. 7 and Algorithm 1 (https://arxiv.org/abs/1611.01838). There the noise is scaled down
@@ -114,18 +115,20 @@ def local_entropy_gradient_norm(
         y: As for `hessian_trace`.
         gamma: As for `local_entropy`.
         num_steps: Integer, at least 2. Steps of a chain, each a forward and backward pass over
-            the data. Defaults to 20.
+            the data; 10 / step_size or more, to forget the start. Defaults to 20.
         step_size: Float in (0, 1], the step as a multiple of 1 / gamma: what part of its
-            distance from w a chain loses in a step. Defaults to 0.5.
-        num_chains: Integer, at least 1, the chains averaged. Defaults to 4.
+            distance from w a chain loses in a step. Chains diverge unless it is less than
+            2 / (1 + c / gamma), c the largest curvature. Defaults to 0.5.
+        num_chains: Integer, at least 2, the chains averaged. Defaults to 4.
         num_examples: As for `local_energy`.
         batch_size: As for `local_energy`.
         seed: As for `local_energy`.
         verbose: As for `local_energy`.
 
     Returns:
-        An `Estimate`, its samples the norms that the chains give by themselves, and its standard
-        error that of their mean.
+        An `Estimate`, 0 where the noise exceeds the gradient. Its samples are the norms that the
+        chains give by themselves, noise included; its standard error, by the jackknife over
+        chains, is NaN for two of them.
 
     Raises:
         TypeError: As `hessian_trace`.
@@ -139,10 +142,10 @@ def local_entropy_gradient_norm(
     """
     validation.positive(gamma=gamma)
     validation.integer(minimum=2, num_steps=num_steps)
-    validation.integer(minimum=1, num_chains=num_chains)
+    validation.integer(minimum=2, num_chains=num_chains)
     validation.fraction(step_size=step_size)
     check_sampling(num_examples, 1, batch_size, seed, verbose)
-    loss = shared(("loss", False), lambda: LossFunction(model))
+    loss = shared(("loss", False), lambda: LossFunction(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     generator = np.random.default_rng(seed)
     weights, first = loss.weights(), num_steps // 2
@@ -163,6 +166,22 @@ def local_entropy_gradient_norm(
 
     with progress_bar(num_chains * num_steps, verbose) as progress:
         gradients = np.array([gradient() for _ in range(num_chains)])
-    norms = np.linalg.norm(gradients, axis=1).astype("float64")
-    mean = float(np.linalg.norm(gradients.mean(axis=0)))
-    return Estimate(mean, standard_error(norms), norms)
+    gradients = gradients.astype("float64")
+    return _norm_of_mean(gradients @ gradients.T)
+
+
+def _norm_of_mean(gram):
+    """Return the norm of the expectation of independent vectors, given their Gram matrix."""
+    count = len(gram)
+
+    def square(gram):
+        return (gram.sum() - np.trace(gram)) / (len(gram) * (len(gram) - 1))
+
+    value, stderr = square(gram), math.nan
+    if count > 2:
+        rest = [np.delete(np.delete(gram, i, 0), i, 1) for i in range(count)]
+        stderr = math.sqrt((count - 1) * np.var([square(g) for g in rest]))
+    norm = math.sqrt(max(value, 0.0)) if math.isfinite(value) else math.nan
+    # Of a root; where it is lost in the noise, as large as it may well be.
+    stderr = stderr / (2 * norm) if value > stderr else math.sqrt(stderr)
+    return Estimate(norm, stderr, np.sqrt(np.diag(gram)))

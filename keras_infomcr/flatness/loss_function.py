@@ -12,7 +12,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import check_built, check_compiled
 from keras_infomcr.flatness.example_values import no_weight_penalties
-from keras_infomcr.objective import Objective, is_mean_over_examples
+from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
 
 class LossFunction:
@@ -150,7 +150,7 @@ class LossFunction:
                 batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
                 found = backend.on_device(device, function, *args, *batch)
                 found = found if isinstance(found, (list, tuple)) else [found]
-                terms = [None if array is None else size * array for array in found]
+                terms = [None if array is None else size * _widened(array) for array in found]
                 sums = terms if sums is None else _added(sums, terms)
                 count += size
 
@@ -175,6 +175,11 @@ class LossFunction:
 
     def _with_nothing_else(self, *args):
         return self._loss_of_batch(*args), ()
+
+
+def _widened(array):
+    half = keras.backend.standardize_dtype(array.dtype) in HALF_PRECISION
+    return ops.cast(array, "float32") if half else array
 
 
 def _added(sums, terms):

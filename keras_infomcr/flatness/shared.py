@@ -16,11 +16,13 @@ def sharing(kept):
         _here.kept = before
 
 
-def shared(key, make):
-    """Return `make()`, or what is kept of it under a key."""
+def shared(name, make, model, *data):
+    """Return `make()`, or what is kept of it by that name for the model, as compiled, and data."""
     kept = getattr(_here, "kept", None)
     if kept is None:
         return make()
+    of = model, model.loss, *model.trainable_variables, *data
+    key = name, *map(id, of)
     if key not in kept:
-        kept[key] = make()
-    return kept[key]
+        kept[key] = make(), of  # with what is known by its id, which no other object then gets
+    return kept[key][0]

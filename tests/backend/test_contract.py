@@ -562,6 +562,20 @@ def test_products_by_weights_that_the_value_does_not_depend_on(three_weights, gi
     assert_only_second(products, 6 * three_weights[1] * direction)
 
 
+SUM, ONE = (lambda w: sum(keras.ops.sum(a) for a in w)), (lambda w: array(1.0))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_with_several_vectors(three_weights, compiled):
+    vectors = [np.stack([np.ones_like(w), 2 * np.cos(w)]) for w in three_weights]
+    args = as_arrays(three_weights), as_arrays(vectors)
+    cube = backend.hessian_vector_products(lambda w: cube_of_the_second(w)[0], compiled)
+    assert_only_second(cube(*args), 6 * three_weights[1] * vectors[1])
+    for function in (SUM, ONE):
+        products = backend.hessian_vector_products(function, compiled)(*args)
+        assert not np.any(flat(products, vectors))
+
+
 def test_products_of_a_linear_function_are_zero(three_weights):
     def linear(weights):
         return sum(keras.ops.sum(w) for w in weights), None

@@ -59,11 +59,13 @@ def test_logged_values_are_those_of_the_functions(data):
     assert np.isnan(logs["count_of_weights_stderr"]).all()
 
 
+@pytest.mark.slow
 def test_every_measure_has_a_name(data):
     """Small settings are the defaults of none: they are given by names of partial functions."""
     names = sorted({n for n in flatness.__all__ if n.islower()} - {"pac_bayes_bound", "plot"})
     small = {"gamma": 5, "gamma_hat": 5, "fisher": 5}
-    others = {"gamma_hat_by_layer", "hessian_spectral_density"}  # which give no single number
+    # Which give no single number.
+    others = {"gamma_hat_by_layer", "hessian_spectral_density"}
     measures = []
     for name in names:
         if name in others:
@@ -135,6 +137,7 @@ def test_further_epochs_compile_nothing_new(data):
     assert counts[1] == counts[2] == counts[3]
 
 
+@pytest.mark.slow
 def test_batches_and_a_second_run(data):
     x, y = data
     model = classifier()
@@ -169,6 +172,7 @@ def test_model_under_a_distribution_strategy(data, mirrored):
         ("hessian_trace", "`measures` must be a list of names or functions"),
         (["flatness"], "some of the names .*'hessian_trace'.*Received: 'flatness'"),
         (["pac_bayes_bound"], "some of the names"),
+        (["hessian_spectral_density"], "some of the names"),
         ([3], "`measures` must hold names or functions. Received: 3"),
         ([TRACE, "hessian_trace"], "must have different names"),
     ],
@@ -183,6 +187,35 @@ def test_bad_settings_are_refused_at_once(data):
         FlatnessCallback(data, [TRACE], frequency=0)
     with pytest.raises(ValueError, match="`verbose` must be one of 0, 1"):
         FlatnessCallback(data, [TRACE], verbose=2)
+
+
+def test_measures_of_other_models_and_data_are_their_own(data):
+    """What is compiled is kept for the model and the data that it was compiled for."""
+    other, (x, y) = classifier(), data
+
+    def of_other(model, x, y):
+        return TRACE(other, x, y)
+
+    def of_few(model, x, y):
+        return fisher_trace(model, x[:6].copy(), y[:6], num_examples=6, num_trials=1, seed=0)
+
+    def of_more(model, x, y):
+        return fisher_trace(model, x[6:12].copy(), y[6:12], num_examples=6, num_trials=1, seed=0)
+
+    model = classifier()
+    logs, _ = fit(model, data, TRACE, of_other, of_few, of_more, epochs=2)
+    for function in (TRACE, of_other, of_few, of_more):
+        name = getattr(function, "__name__", "hessian_trace")
+        assert logs[name][-1] == pytest.approx(function(model, x, y).value, rel=1e-5)
+
+
+def test_data_are_checked_before_training(data):
+    model = classifier()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="read to their end, several times"):
+        fit(model, data, TRACE, callbacks=[FlatnessCallback(iter([data]), [TRACE])])
+    for weight, value in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(weight, value)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_runs_of_all_kinds_resume_more_than_once(options, command, tmp_path, mon
     assert [row["epoch"] for row in log] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_that_of_the_latest_epoch(command, data, tmp_path):
     arguments = command("run", "--regularize", "never", "--epochs", "1", "--boundaries", "1")
     train_cifar10.main(arguments)
@@ -143,6 +144,7 @@ def test_a_run_that_failed_to_begin_leaves_its_folder_free(command):
     train_cifar10.main(command("run", *options))
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_reported(command, tmp_path, capsys):
     options = ["--regularize", "never", "--learning-rates", "1e30", "1e30", "--epochs", "2"]
     train_cifar10.main(command("run", *options))

@@ -123,7 +123,11 @@ def flat(arrays):
     return np.concatenate([np.ravel(a) for a in arrays])
 
 
-@pytest.fixture(params=NETS, scope="module")
+WITH_CONVOLUTIONS = ("conv_batch_norm", "group_norm")
+PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * (n in WITH_CONVOLUTIONS)) for n in NETS]
+
+
+@pytest.fixture(params=PARAMS, scope="module")
 def net(request):
     return Net(request.param, np.random.default_rng(0))
 
@@ -134,8 +138,10 @@ def small(rng):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_products_with_vectors(net, training, rng):
-    """The issue asks for 1e-3; float32 itself rounds to some 1e-6."""
+@pytest.mark.parametrize("name", NETS)
+def test_products_with_vectors(name, training, rng):
+    """The bound is that of docs/flatness.md; float32 itself rounds to some 1e-6."""
+    net = Net(name, rng)
     loss = LossFunction(net.model, training)
     vectors = rng.normal(size=(2, loss.size))
     products = loss.hessian_vector_products([(net.x, net.y)], loss.at(), vectors)
@@ -177,6 +183,7 @@ def test_frobenius_norm_against_the_hessian_formed(net):
     assert found.value == pytest.approx(np.sqrt((found.samples**2).mean()))
 
 
+@pytest.mark.slow
 def test_density_against_the_hessian_formed(small):
     """With as many steps as weights, a probe's density is blurred about all its eigenvalues."""
     eigenvalues = np.linalg.eigvalsh(small.hessian)
@@ -300,11 +307,12 @@ def test_one_trial_of_all_examples_is_the_whole(small):
 
 
 def test_seeds(small):
-    values = [small.measured(hessian_trace).value for _ in range(2)]
+    values = [small.measured(hessian_trace, num_products=6).value for _ in range(2)]
     assert values[0] == values[1]
-    other = hessian_trace(small.model, small.x, small.y, seed=1)
-    unseeded = [hessian_trace(small.model, small.x, small.y).value for _ in range(2)]
-    assert len({values[0], other.value, *unseeded}) == 4
+    seeds = (1, None, None)
+    args = small.model, small.x, small.y
+    others = [hessian_trace(*args, num_products=6, seed=seed).value for seed in seeds]
+    assert len({values[0], *others}) == 4
 
 
 # ---------------------------------------------------------------- the model
@@ -318,6 +326,7 @@ def test_weight_penalties_are_left_out(small, rng):
     assert all(v.regularizer for v in small.model.trainable_variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_model_is_left_as_it_was(rng, training):
     net = Net("dense_batch_norm", rng)
@@ -445,7 +454,7 @@ def test_curvlinops_says_the_same(name, rng):
         (hessian_spectral_radius, {"tolerance": 0.0}, "`tolerance` must be a finite number gr"),
         (hessian_spectral_radius, {"max_products": 0}, "`max_products` must be an integer of at l"),
         (hessian_top_eigenvalues, {"k": 0}, "`k` must be an integer of at least 1"),
-        (hessian_top_eigenvalues, {"k": 10**6}, "`k` must not exceed the number of weights"),
+        (hessian_top_eigenvalues, {"k": 999, "max_products": 999}, "`k` must not exceed"),
         (hessian_spectral_density, {"num_steps": 0}, "`num_steps` must be an integer of at least"),
         (hessian_spectral_density, {"width": -1.0}, "`width` must be a finite number greater"),
     ],
@@ -493,6 +502,34 @@ def test_endless_data_are_refused(small):
     endless = tf.data.Dataset.from_tensor_slices((small.x, small.y)).batch(4).repeat()
     with pytest.raises(ValueError, match="endless data"):
         hessian_trace(small.model, endless)
+
+
+def test_start_is_never_orthogonal_to_all_that_there_is():
+    """Signs would be, to the rows of equal features, one time in two."""
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    ones = np.ones((4, 1), "float32")
+    values = [hessian_top_eigenvalues(model, ones, ones, k=1, seed=s).value for s in range(5)]
+    np.testing.assert_allclose(values, 4, rtol=1e-5)
+
+
+def test_half_precision_weights_are_summed_in_float32():
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1, dtype="bfloat16")])
+    model.compile("sgd", "mse")
+    ones = np.ones((1000, 1), "float32")
+    # bfloat16 holds 4 and the entries 2 of the Hessian; its sums would stop at some 500.
+    found = hessian_trace(model, ones, ones, batch_size=1, num_products=6, seed=0)
+    assert found.value == pytest.approx(4, rel=0.02)
+
+
+@only_on("torch", reason="a shuffling `DataLoader` draws from torch's generator")
+def test_random_state_is_left_as_it_was_by_a_loader(small):
+    import torch
+
+    pairs = torch.utils.data.TensorDataset(torch.tensor(small.x), torch.tensor(small.y))
+    before = torch.get_rng_state()
+    hessian_trace(small.model, torch.utils.data.DataLoader(pairs, batch_size=8, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_eigenvalues_that_have_not_converged_are_reported(small):

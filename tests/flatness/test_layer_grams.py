@@ -131,6 +131,7 @@ def test_channels_first(float64, data, no_rows):
     np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_kernels_in_parts(float64, data, no_rows, monkeypatch):
     monkeypatch.setattr(layer_grams, "_ROW_BYTES", 1)  # an input feature at a time
     model = made(convolutions_2d())

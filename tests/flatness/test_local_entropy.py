@@ -123,10 +123,20 @@ def test_gradient_is_that_of_the_loss_where_gamma_is_large(float64, data):
     np.testing.assert_allclose(result.samples, [expected] * 4, rtol=1e-5)
 
 
-def test_one_chain_has_no_standard_error(data):
-    result = local_entropy_gradient_norm(classifier(), *data, num_chains=1, num_steps=2)
+def test_two_chains_have_no_standard_error(data):
+    result = local_entropy_gradient_norm(classifier(), *data, num_chains=2, num_steps=2)
     assert math.isnan(result.stderr)
-    assert result.value == pytest.approx(result.samples[0], rel=1e-6)
+
+
+def test_noise_is_no_gradient(rng):
+    """At the minimum the chains' own norms are noise, which their products are without."""
+    model = keras.Sequential([keras.Input((200,)), layers.Dense(1, use_bias=False)])
+    model.compile("sgd", "mse")
+    x = rng.normal(size=(400, 200)).astype("float32")
+    y = x @ model.get_weights()[0]
+    result = local_entropy_gradient_norm(model, x, y, num_chains=8, seed=0)
+    assert result.value <= 4 * result.stderr
+    assert result.value < result.samples.mean() / 2
 
 
 # ---------------------------------------------------------------- data, draws and arguments
@@ -196,7 +206,7 @@ def test_bad_arguments(data, measure, arguments, message):
     [
         (local_entropy, {"num_samples": 0}, "`num_samples` must be an integer of at least 1."),
         (MEASURES[1], {"num_steps": 1}, "`num_steps` must be an integer of at least 2."),
-        (MEASURES[1], {"num_chains": 0}, "`num_chains` must be an integer of at least 1."),
+        (MEASURES[1], {"num_chains": 0}, "`num_chains` must be an integer of at least 2."),
         (MEASURES[1], {"step_size": 1.1}, "`step_size` must be a number in (0, 1]. Received: step"),
     ],
 )

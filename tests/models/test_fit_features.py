@@ -329,6 +329,7 @@ def test_losses_and_metrics_per_output(main, mode):
     assert {"loss", "a_loss", "b_loss", "a_accuracy", "b_mae", "infomcr_reg"} == set(logs)
 
 
+@pytest.mark.slow
 def test_loss_weights():
     loss_weights = {"a": 0.25, "b": 3.0}
     compile = compiling(**EAGER, **HEADS, loss_weights=loss_weights)
@@ -504,6 +505,7 @@ def test_optimizer(optimizer):
     check(two_layers, fitting(), compiling(optimizer, **EAGER))
 
 
+@pytest.mark.slow
 def test_optimizer_in_a_graph():
     def optimizer():
         # On JAX Keras cannot call `fit` twice with EMA: it donates a buffer to itself.

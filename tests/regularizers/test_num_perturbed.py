@@ -119,6 +119,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("main_gradient", MAIN_GRADIENTS)
 def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rng, monkeypatch):
