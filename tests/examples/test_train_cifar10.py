@@ -227,6 +227,7 @@ def test_never_is_a_plain_network(data):
     assert model.regularizer is None
 
 
+@pytest.mark.slow
 def test_a_folder_is_not_written_over(command):
     train_cifar10.main(command("run", "--epochs", "1", "--regularize", "never"))
     with pytest.raises(SystemExit, match=r"must not hold a run.*--resume.*Received: --output"):
@@ -286,6 +287,7 @@ def test_mirrored_strategy_trains_and_resumes(mirrored, command, tmp_path, monke
     assert_same_end(tmp_path, "whole", "broken")
 
 
+@pytest.mark.slow
 def test_models_are_compared_side_by_side(command, data, tmp_path, capsys):
     paths = []
     for rule in ("never", "111"):

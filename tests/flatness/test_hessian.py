@@ -513,6 +513,7 @@ def test_start_is_never_orthogonal_to_all_that_there_is():
     np.testing.assert_allclose(values, 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_weights_are_summed_in_float32():
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1, dtype="bfloat16")])
     model.compile("sgd", "mse")

@@ -348,6 +348,7 @@ def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_p
     np.testing.assert_array_equal(*replicas(model))
 
 
+@pytest.mark.slow
 def test_strategy_of_one_device_is_no_strategy(float64):
     model, _ = train(tf.distribute.MirroredStrategy(["CPU:0"]), outputs=synchronized)
     expected, _ = train(ONE_DEVICE, outputs=synchronized)

@@ -320,6 +320,7 @@ HEADS = {
 # What the loss is made of
 
 
+@pytest.mark.slow
 @with_main_gradient
 def test_losses_and_metrics_per_output(main, mode):
     labels = {"a": LABELS, "b": Y}
