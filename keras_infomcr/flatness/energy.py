@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_infomcr.flatness.example_values import kind_of_loss, no_weight_penalties
+from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.loss_function import LossFunction
 from keras_infomcr.flatness.replaced import replaced
 
@@ -49,10 +49,7 @@ class Energy(LossFunction):
         return state
 
     def _of_batch(self, weights, state, x, y):
-        with self._lock, self._objective.at(weights, state, False) as (predict, _):
-            outputs = predict(x)
-            with no_weight_penalties(self.model):
-                loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        loss, outputs = self.evaluate(weights, state, x, y)
         return loss, self._error(y, outputs)
 
     def _error(self, y, outputs):

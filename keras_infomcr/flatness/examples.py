@@ -113,10 +113,9 @@ class Batches:
 
     def __iter__(self):
         if self._batches is not None:
-            batch, random_state = None, backend.random_state()
+            batch = None
             for batch in _batches(self._batches):
                 yield _checked(*_to_arrays(batch))
-            backend.set_random_state(random_state)  # which torch's `DataLoader` draws from
             if batch is None:
                 raise ValueError("The data must not be empty. Received: no batch")
             return
@@ -151,10 +150,15 @@ def _gives_batches(x, y):
 
 
 def _batches(x):
+    batches = x
     if isinstance(x, keras.utils.PyDataset):
         indices = itertools.count() if x.num_batches is None else range(x.num_batches)
-        return (x[i] for i in indices)
-    return x
+        batches = (x[i] for i in indices)
+    random_state = backend.random_state()
+    try:
+        yield from batches
+    finally:
+        backend.set_random_state(random_state)  # which torch's `DataLoader` draws from
 
 
 def _to_arrays(batch):

@@ -166,12 +166,17 @@ class LossFunction:
             None if array is None else array / total for array in functools.reduce(_added, shares)
         ]
 
-    def _loss_of_batch(self, weights, state, x, y):
+    def evaluate(self, weights, state, x, y):
+        """Return the loss of a batch and the outputs, of the framework."""
         training = self._training
         with self._lock, self._objective.at(weights, state, training) as (predict, _):
             outputs = predict(x)
             with no_weight_penalties(self.model):
-                return self.model._compute_loss(x, y, outputs, None, training=training)
+                loss = self.model._compute_loss(x, y, outputs, None, training=training)
+        return loss, outputs
+
+    def _loss_of_batch(self, *args):
+        return self.evaluate(*args)[0]
 
     def _with_nothing_else(self, *args):
         return self._loss_of_batch(*args), ()

@@ -529,8 +529,10 @@ def test_random_state_is_left_as_it_was_by_a_loader(small):
 
     pairs = torch.utils.data.TensorDataset(torch.tensor(small.x), torch.tensor(small.y))
     before = torch.get_rng_state()
-    hessian_trace(small.model, torch.utils.data.DataLoader(pairs, batch_size=8, shuffle=True))
-    assert torch.equal(torch.get_rng_state(), before)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=8, shuffle=True)
+    for num_examples in (None, 6):
+        hessian_trace(small.model, loader, num_examples=num_examples, num_trials=2)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_eigenvalues_that_have_not_converged_are_reported(small):
