@@ -41,13 +41,13 @@ MEASURES = {
     "hessian_trace": ({"num_products": 6}, 6, 30),
     "hessian_frobenius_norm": ({"num_products": 6}, 6, 30),
     "hessian_spectral_radius": ({"max_products": 6, "tolerance": 1e-12}, 6, None),
-    "hessian_top_eigenvalues": ({"max_products": 6, "tolerance": 1e-12}, 6, None),
+    "hessian_top_eigenvalues": ({"k": 3, "max_products": 6, "tolerance": 1e-12}, 6, None),
     "hessian_spectral_density": ({"num_probes": 1, "num_steps": 6}, 6, 150),
     "fisher_trace": ({"num_examples": 100, "num_trials": 1}, 0.5, 5),
     "input_jacobian_norm": ({}, 1, 1),
     "local_energy": ({"num_samples": 5}, 6, 21),
     "local_entropy": ({"num_samples": 5}, 5, 20),
-    "local_entropy_gradient_norm": ({"num_chains": 1, "num_steps": 5}, 5, 80),
+    "local_entropy_gradient_norm": ({"num_chains": 2, "num_steps": 5}, 10, 80),
     "adaptive_sharpness": ({"num_steps": 5}, 6, 21),
 }
 BATCH_SIZE, NUM_EXAMPLES = 100, 200
