@@ -30,8 +30,9 @@ class FlatnessCallback(MeasuringCallback):
             `DataLoader` or another iterable of batches `(x, y)`: training data without
             augmentation.
         measures: List of names of functions of `keras_infomcr.flatness`, such as
-            `"hessian_trace"`, or functions `f(model, x, y)` that return a result with `value` and
-            `stderr`: `functools.partial(hessian_trace, num_examples=100, seed=0)`. A function
+            `"hessian_trace"`, called at their defaults with `seed=0`, so that epochs, runs and
+            processes compare; or functions `f(model, x, y)` that return a result with `value`
+            and `stderr`: `functools.partial(hessian_trace, num_examples=100, seed=0)`. A function
             is logged by its `__name__`.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1.
@@ -114,7 +115,7 @@ def _named(measure):
                 f"`measures` must hold functions, or some of the names {sorted(names)}. "
                 f"Received: {measure!r}"
             )
-        return measure, getattr(flatness, measure)
+        return measure, functools.partial(getattr(flatness, measure), seed=0)
     function = measure
     while isinstance(function, functools.partial):
         function = function.func

@@ -59,6 +59,15 @@ def test_logged_values_are_those_of_the_functions(data):
     assert np.isnan(logs["count_of_weights_stderr"]).all()
 
 
+def test_a_name_stands_for_one_draw(data):
+    """Runs and processes compare; without a seed no two values are the same."""
+    model = classifier()
+    logs, _ = fit(model, data, "local_entropy", epochs=1)
+    expected = flatness.local_entropy(model, *data, seed=0).value
+    assert logs["local_entropy"][0] == pytest.approx(expected, rel=1e-6)  # the same graph
+    assert flatness.local_entropy(model, *data).value != pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_every_measure_has_a_name(data):
     """Small settings are the defaults of none: they are given by names of partial functions."""

@@ -3,6 +3,7 @@
 `python worker.py options` trains as `options`, a dictionary in JSON, say; see `train`.
 """
 
+import functools
 import json
 import os
 import signal
@@ -13,10 +14,18 @@ import numpy as np
 from frameworks import BACKEND, float64_everywhere
 
 from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDrop
-from keras_infomcr.callbacks import RegularizationSchedule
+from keras_infomcr.callbacks import FlatnessCallback, RegularizationSchedule
+from keras_infomcr.flatness import adaptive_sharpness, fisher_trace, hessian_trace, local_energy
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 EPOCHS = 4
+MEASURES = [
+    functools.partial(hessian_trace, num_products=6, seed=0),
+    functools.partial(local_energy, num_samples=2, seed=0),
+    functools.partial(adaptive_sharpness, num_steps=2, seed=0),
+    functools.partial(fisher_trace, num_examples=8, num_trials=2, seed=0),
+    "input_jacobian_norm",
+]
 
 
 def data():
@@ -110,6 +119,7 @@ def train(folder, index=0, synchronized=False, killed_at=None):
         StartRegAfterLRDrop(),
         RegularizationSchedule(lambda epoch: 2.0**epoch),
         GammaHatCallback((x, y), num_examples=8, num_trials=2),
+        FlatnessCallback((x, y), MEASURES),
         keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
     ]
     fit = {"validation_data": batches, "shuffle": False, "verbose": 0}
