@@ -91,7 +91,8 @@ def main():
     losses, losses_of_one = (np.array(h["loss"]) for h in histories)
     difference = np.max(np.abs(losses / losses_of_one - 1))
     print(f"The loss curves differ by at most {difference:.1e} of the loss.")
-    return 0 if difference < 0.01 else 1
+    # Sums in another order round the weights by 1e-7 a step, which training amplifies.
+    return 0 if difference < 1e-4 else 1
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def hessian_vector_product(function):
     first_order = value_and_grad(function)
 
     def product(weights, vector, *args):
-        with _alone(), _twice_differentiable_moments():
+        with _alone(), _twice_differentiable():
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(weights)
                 value, gradients = first_order(weights, *args)
@@ -51,7 +51,7 @@ def hessian_vector_products(function, compiled=True):
     """Return `f(weights, vectors, *args) -> products`."""
 
     def products(weights, vectors, *args):
-        with _alone(), _twice_differentiable_moments():
+        with _alone(), _twice_differentiable():
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
                 tape.watch(weights)
                 with tf.GradientTape(watch_accessed_variables=False) as inner:
@@ -74,41 +74,65 @@ def _alone():
     context = tf.distribute.get_replica_context()
     if context is None or not tf.distribute.has_strategy():
         return contextlib.nullcontext()
+    local_replicas = len(tf.distribute.get_strategy().extended.worker_devices)
     with tf.Graph().as_default():  # which no scope of a strategy has been entered for
         strategy = tf.distribute.get_strategy()
-    # With its number, by which variables know the replica that reads them.
-    return tf.distribute.ReplicaContext(strategy, context.replica_id_in_sync_group)
+    # With its number among those of this process, by which variables know which copy is read.
+    number = context.replica_id_in_sync_group % local_replicas
+    return tf.distribute.ReplicaContext(strategy, number)
 
 
-_moments_lock = threading.Lock()
-_moments_users = []
+_replaced_lock = threading.Lock()
+_replaced = []
 
 
 @contextlib.contextmanager
-def _twice_differentiable_moments():
-    """Replace `tf.nn.moments`, whose variance hides its dependence on the mean.
+def _twice_differentiable():
+    """Replace what TensorFlow knows the first derivatives of alone, without saying so.
 
-    First derivatives do not see that (the derivative by the mean is zero), second ones are wrong
-    for batch, layer and group normalisation. Replicas trace in threads of their own, which may
-    enter and leave in any order.
+    The variance of `tf.nn.moments` hides its dependence on the mean. The derivative by the mean
+    is zero, but second derivatives of batch, layer and group normalisation are wrong. Those of
+    `tf.image.resize` are none or an error. Replicas trace in threads of their own, which may enter
+    and leave in any order.
     """
-    with _moments_lock:
-        _moments_users.append(tf.nn.moments)
-        tf.nn.moments = _moments
+    with _replaced_lock:
+        _replaced.append((tf.nn.moments, tf.image.resize))
+        tf.nn.moments, tf.image.resize = _moments, _linear(_replaced[0][1])
     try:
         yield
     finally:
-        with _moments_lock:
-            original = _moments_users[0]
-            _moments_users.pop()
-            if not _moments_users:
-                tf.nn.moments = original
+        with _replaced_lock:
+            originals = _replaced[0]
+            _replaced.pop()
+            if not _replaced:
+                tf.nn.moments, tf.image.resize = originals
 
 
 def _moments(x, axes, shift=None, keepdims=False, name=None):
     y = tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
     mean = tf.reduce_mean(y, axes, keepdims=keepdims)
     return tf.cast(mean, x.dtype), tf.cast(tf.math.reduce_variance(y, axes, keepdims), x.dtype)
+
+
+def _linear(function):
+    """Return a function, linear in its first argument, with derivatives of all orders."""
+
+    def linear(x, *args, **kwargs):
+        @tf.custom_gradient
+        def applied(x):
+            return function(x, *args, **kwargs), transposed
+
+        @tf.custom_gradient
+        def transposed(upstream):
+            with tf.GradientTape() as tape:
+                zeros = tf.zeros_like(x)
+                tape.watch(zeros)
+                image = function(zeros, *args, **kwargs)
+            return tape.gradient(image, zeros, upstream), applied
+
+        return applied(x)
+
+    return linear
 
 
 def compiled(function):

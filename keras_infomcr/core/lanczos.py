@@ -18,13 +18,13 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products):
         order: Function of an ascending array of eigenvalues that returns their indices, those
             that are wanted most first.
         tolerance: Float, greater than 0. Each eigenvalue is as near to an exact one as this
-            fraction of the size of the largest.
+            fraction of its size, or of a hundredth of the size of the largest.
         max_products: Integer, at least 1.
 
     Returns:
         Tuple of the eigenvalues, an array of `count` numbers at most in the order wanted; and
-        the largest of their error bounds, relative to the size of the largest. `max_products`
-        was too small if it exceeds the tolerance. NaN if a product is not finite.
+        the largest of their error bounds, relative likewise. `max_products` was too small if it
+        exceeds the tolerance. NaN if a product is not finite.
     """
     size = min(2 * count + 20, len(start))
     basis = np.zeros((size + 1, len(start)), start.dtype)
@@ -42,10 +42,12 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products):
         filled += 1
         values, vectors = np.linalg.eigh(projected[:filled, :filled])
         wanted = order(values)
-        residuals = length * np.abs(vectors[-1, wanted[:count]])
+        first = wanted[:count]
         scale = np.abs(values).max() or 1.0
+        residuals = length * np.abs(vectors[-1, first])
+        errors = residuals / np.maximum(np.abs(values[first]), 0.01 * scale)
         exhausted = length <= np.finfo(start.dtype).eps * scale or filled == len(start)
-        error = 0.0 if exhausted else float(residuals.max() / scale)
+        error = 0.0 if exhausted else float(errors.max())
         enough = filled >= count and error <= tolerance
         if enough or filled == len(start) or used == max_products:
             break
@@ -60,7 +62,7 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products):
             np.fill_diagonal(projected[: len(kept), : len(kept)], values[kept])
             filled = len(kept)
         basis[filled] = vector / length
-    return values[wanted[:count]], error
+    return values[first], error
 
 
 def _orthogonalized(vector, known):

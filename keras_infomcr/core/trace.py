@@ -11,12 +11,13 @@ def hutchinson(products, probes):
 
     Args:
         products: Function of an array `[k, W]` of vectors that returns A times each.
-        probes: Array `[k, W]`, the z.
+        probes: Iterable of arrays `[k, W]`, the z, of which one is kept at a time.
 
     Returns:
-        Array `[k]` of estimates, each unbiased.
+        Array of as many estimates as there are z, each unbiased.
     """
-    return np.einsum("kw,kw->k", probes, products(probes), dtype="float64")
+    dots = [np.einsum("kw,kw->k", z, products(z), dtype="float64") for z in probes]
+    return np.concatenate(dots)
 
 
 def hutch_plus_plus(products, sketches, probes):
@@ -29,12 +30,13 @@ def hutch_plus_plus(products, sketches, probes):
 
     Args:
         products: Function of an array `[k, W]` of vectors that returns A times each.
-        sketches: Array `[r, W]`, the columns of S. Each costs two products.
-        probes: Array `[k, W]`, the z. Each costs one product.
+        sketches: Iterable of arrays `[r, W]`, the columns of S. Each costs two products.
+        probes: Iterable of arrays `[k, W]`, the z. Each costs one product.
 
     Returns:
-        Array `[k]` of estimates, each unbiased.
+        Array of as many estimates as there are z, each unbiased.
     """
-    basis = np.linalg.qr(products(sketches).T)[0].T
-    exact = hutchinson(products, basis).sum()
-    return exact + hutchinson(products, probes - (probes @ basis.T) @ basis)
+    images = np.concatenate([products(s) for s in sketches])
+    basis = np.linalg.qr(images.T)[0].T
+    exact = hutchinson(products, [basis]).sum()
+    return exact + hutchinson(products, (z - (z @ basis.T) @ basis for z in probes))

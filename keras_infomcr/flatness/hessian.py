@@ -50,9 +50,10 @@ class Hessian:
         return self._generator.standard_normal(self.size, self._loss.dtype)
 
     def probes(self, count):
-        """Return random vectors of entries -1 and 1, an array `[count, W]`."""
-        signs = self._generator.integers(0, 2, (count, self.size), dtype="int8")
-        return (2 * signs - 1).astype(self._loss.dtype)
+        """Yield random vectors of entries -1 and 1, in arrays `[k, W]` of `count` rows in all."""
+        for start in range(0, count, _VECTORS_AT_ONCE):
+            size = min(_VECTORS_AT_ONCE, count - start), self.size
+            yield (2 * self._generator.integers(0, 2, size, "int8") - 1).astype(self._loss.dtype)
 
 
 def measure_hessian(

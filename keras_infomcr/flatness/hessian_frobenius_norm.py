@@ -47,8 +47,8 @@ def hessian_frobenius_norm(
     validation.integer(minimum=2, num_products=num_products)
 
     def squares(hessian):
-        products = hessian.products(hessian.probes(num_products))
-        return np.square(products, dtype="float64").sum(axis=1)
+        products = map(hessian.products, hessian.probes(num_products))
+        return np.concatenate([np.einsum("kw,kw->k", p, p, dtype="float64") for p in products])
 
     trials = measure_hessian(squares, model, x, y, num_products, **settings)
     square = mean_estimate(trials)

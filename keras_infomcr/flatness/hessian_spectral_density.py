@@ -1,6 +1,7 @@
 """The spectral density of the Hessian: how many curvatures there are of each size."""
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -84,14 +85,16 @@ def hessian_spectral_density(
 
     def quadratures(hessian):
         sizes.append(hessian.size)
-        matrices = [tridiagonal(hessian.product, p, num_steps) for p in hessian.probes(num_probes)]
-        return [_quadrature(matrix) for matrix in matrices]
+        probes = (probe for some in hessian.probes(num_probes) for probe in some)
+        return [_quadrature(tridiagonal(hessian.product, p, num_steps)) for p in probes]
 
     trials = measure_hessian(quadratures, model, x, y, num_probes * num_steps, **settings)
     rules = [rule for trial in trials for rule in trial]
     nodes = np.concatenate([nodes for nodes, _ in rules])
     width = width or float(np.ptp(nodes)) / 100 or abs(float(nodes[0])) / 100 or 1.0
-    grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 1000)
+    start, end = nodes.min() - 5 * width, nodes.max() + 5 * width
+    steps = math.ceil(4 * (end - start) / width) if np.isfinite(end - start) else 0
+    grid = np.linspace(start, end, max(1000, steps))
     densities = np.array([[_blurred(grid, *rule, width) for rule in trial] for trial in trials])
     densities = densities[0] if len(trials) == 1 else densities.mean(axis=1)
     stderr = np.array([standard_error(column) for column in densities.T])

@@ -19,6 +19,7 @@ def file_of_chief(model, filepath):
         model: The model.
         filepath: Where to save it. What is not a path is each process's own, and is left to it.
     """
+    backend.wait_for_workers(model)  # one may still read the file that is there
     is_path = isinstance(filepath, (str, os.PathLike))
     try:
         if backend.is_chief(model) or not is_path:

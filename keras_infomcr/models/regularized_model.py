@@ -73,7 +73,8 @@ class RegularizedModel(keras.Model):
         """Make a regularised model that shares the layers, hence the weights, of another.
 
         Args:
-            model: A `keras.Model`: Functional, Sequential or subclassed. It is not changed.
+            model: A `keras.Model`: Functional, Sequential or subclassed. It is not changed. Of
+                a model made in the scope of a `tf.distribute.Strategy`, call this in it too.
 
         Returns:
             A `RegularizedModel`, not compiled. Of a Functional or built Sequential model it has

@@ -216,7 +216,9 @@ class SubBatchPerturbation(Regularizer):
 
 def _num_replicas(model):
     """Return how many replicas cut their own shares of a batch."""
-    return 1 if coupling.has_state_by_example(model) else backend.num_replicas(model)
+    if coupling.has_state_by_example(model):
+        return backend.num_parallel_steps(model)  # on JAX its one step cuts the whole batch
+    return backend.num_replicas(model)
 
 
 def _share(count, replicas):

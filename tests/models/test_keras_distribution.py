@@ -177,14 +177,6 @@ def test_states_of_recurrent_layers_are_those_of_one_device(distribution, float6
     assert_same(trained(distribution), expected)
 
 
-def test_weights_stay_where_they_lie(distribution):
-    model = compiled(distribution)
-    before = [v.value.sharding for v in model.variables]
-    model.fit(X, Y, batch_size=16, epochs=2, verbose=0)
-    for variable, sharding in zip(model.variables, before):
-        assert variable.value.sharding.is_equivalent_to(sharding, variable.value.ndim)
-
-
 def test_gate_opens_and_gamma_hat_is_that_of_one_device(distribution, float64):
     def callbacks():
         lower = keras.callbacks.LearningRateScheduler(lambda epoch: [1 / 8, 1 / 16][epoch])
@@ -245,3 +237,9 @@ def test_step_communicates_as_often_as_a_plain_one(outputs):
     # XLA for CPUs does not add up the gradients of the full batch and of the regulariser first.
     gradients = 0 if outputs is network else model.count_params()
     assert sum(sizes) <= sum(plain_sizes) + gradients + 1
+
+
+@pytest.mark.parametrize("distribution", [model_parallel], indirect=True)
+def test_no_weight_of_a_model_cut_in_two_is_gathered(distribution):
+    kinds, _ = collectives(program(compiled(distribution, main_gradient="sub_batches")))
+    assert set(kinds) == {"all-reduce"}

@@ -60,6 +60,17 @@ class Errors(keras.metrics.Metric):
         return self.total / self.count
 
 
+class Scaled(keras.losses.Loss):
+    """The mean squared error times a variable, which is none of the model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = keras.Variable(1.0)
+
+    def call(self, y_true, y_pred):
+        return self.factor * keras.losses.mean_squared_error(y_true, y_pred)
+
+
 def build(synchronized):
     keras.utils.set_random_seed(0)
     penalty = keras.regularizers.L2(1 / 64)
@@ -70,7 +81,7 @@ def build(synchronized):
     model = Model(inputs, keras.layers.Dense(2)(x))
     optimizer = keras.optimizers.SGD(1 / 8, momentum=0.5)
     regularizer = SubBatchPerturbation(0.05, 1.0, 4)
-    model.compile(optimizer, "mse", metrics=["mae", Errors()], regularizer=regularizer)
+    model.compile(optimizer, Scaled(), metrics=["mae", Errors()], regularizer=regularizer)
     return model
 
 
@@ -128,6 +139,8 @@ def train(folder, index=0, synchronized=False, killed_at=None):
     model.save(f"{folder}/{index}.keras")
     result = {f"weight{i}": w for i, w in enumerate(model.get_weights())}
     found = model.evaluate(batches, verbose=0)
+    if BACKEND == "tensorflow":  # Keras on JAX cannot, with several processes
+        result["predicted"] = model.predict(batches, verbose=0)
     return result | logs | {"evaluated": np.concatenate([np.ravel(value) for value in found])}
 
 
