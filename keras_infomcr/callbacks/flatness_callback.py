@@ -45,8 +45,8 @@ class FlatnessCallback(MeasuringCallback):
     Raises:
         TypeError: When training begins, if the data are of a wrong type.
         ValueError: If an argument is out of its range, or two measures have the same name; when
-            training begins, if the data are empty, hold NaN or infinity, or can be read once
-            only; at the first measurement, what a measure raises.
+            training begins, if the data are empty, hold NaN or infinity (of batches, in the
+            first), or can be read once only; at the first measurement, what a measure raises.
 
     Example:
 
@@ -83,7 +83,7 @@ class FlatnessCallback(MeasuringCallback):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         check_compiled(self.model)
-        Batches(*self.examples(), batch_size=1)  # checks the data
+        next(iter(Batches(*self.examples(), batch_size=1)))  # checks the data
         self._compiled = {}
 
     def on_train_end(self, logs=None):

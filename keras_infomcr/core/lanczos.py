@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def top_eigenvalues(product, start, count, order, tolerance, max_products):
+def top_eigenvalues(product, start, count, order, tolerance, max_products, floor):
     """Find eigenvalues at one end or both ends of a spectrum, by thick-restart Lanczos.
 
     Of a repeated eigenvalue one copy may be found only.
@@ -18,8 +18,9 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products):
         order: Function of an ascending array of eigenvalues that returns their indices, those
             that are wanted most first.
         tolerance: Float, greater than 0. Each eigenvalue is as near to an exact one as this
-            fraction of its size, or of a hundredth of the size of the largest.
+            fraction of its size, sizes below `floor` times the largest counting as that.
         max_products: Integer, at least 1.
+        floor: Float in (0, 1].
 
     Returns:
         Tuple of the eigenvalues, an array of `count` numbers at most in the order wanted; and
@@ -45,7 +46,7 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products):
         first = wanted[:count]
         scale = np.abs(values).max() or 1.0
         residuals = length * np.abs(vectors[-1, first])
-        errors = residuals / np.maximum(np.abs(values[first]), 0.01 * scale)
+        errors = residuals / np.maximum(np.abs(values[first]), floor * scale)
         exhausted = length <= np.finfo(start.dtype).eps * scale or filled == len(start)
         error = 0.0 if exhausted else float(errors.max())
         enough = filled >= count and error <= tolerance

@@ -1,5 +1,6 @@
 """Adaptive sharpness: how far the loss rises within a neighbourhood scaled by the weights."""
 
+import functools
 from typing import Any
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.checks import check_sampling
-from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.estimate import Estimate, standard_error
 from keras_infomcr.flatness.examples import trial_batches
 from keras_infomcr.flatness.loss_function import LossFunction
 from keras_infomcr.flatness.progress import progress_bar
@@ -34,9 +35,10 @@ def adaptive_sharpness(
         worst:      max { L(w + |w| v) : ||v|| <= rho } - L(w)
         average:    E[L(w + rho |w| z)] - L(w),    z ~ N(0, I), or uniform in [-1, 1] for l-inf
 
-    each for itself on every batch, averaged over the batches. Batch normalisation is in inference
-    mode. The maximum is sought by normalised gradient ascent from w: what is found is at most
-    that, and 0 where the gradient vanishes. The model is left as it is.
+    The worst case is that of each batch for itself, averaged over the examples; the average is over
+    all of the data. Batch normalisation is in inference mode. The maximum is sought by normalised
+    gradient ascent from w: what is found is at most that, and 0 where the gradient vanishes. The
+    model is left as it is.
 
     Reference: Kwon, Kim, Park and Choi, "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021,
     Eq. 3 (https://arxiv.org/abs/2102.11600); Andriushchenko, Croce, Mueller, Hein and Flammarion,
@@ -54,14 +56,15 @@ def adaptive_sharpness(
         num_steps: Integer, at least 1, the steps of ascent. Defaults to 20.
         num_samples: Integer, at least 1, the draws of z for `"average"`. Defaults to 20.
         num_examples: Integer, at least 1: so many examples are drawn (1024 in the second
-            reference); or `None`: all are measured. Defaults to `None`.
-        batch_size: Integer, at least 1: examples that are attacked together; the fewer, the
-            larger the worst case. Defaults to 128.
+            reference), of data in batches the first are read; or `None`: all are measured.
+            Defaults to `None`.
+        batch_size: Integer, at least 1: examples that go through the model together, and share
+            one worst case: the fewer, the larger it is. Defaults to 128.
         seed: Integer or `None`, of all draws. Defaults to new draws each time.
-        verbose: 0 or 1. With 1, a progress bar counts the batches. Defaults to 0.
+        verbose: 0 or 1. With 1, a progress bar counts the batches, or the draws. Defaults to 0.
 
     Returns:
-        An `Estimate`, its samples the rises on the batches.
+        An `Estimate`, its samples the rises on the batches, or those of the draws.
 
     Raises:
         TypeError: As `hessian_trace`.
@@ -81,30 +84,33 @@ def adaptive_sharpness(
     loss = shared(("loss", False), lambda: LossFunction(model), model)
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     generator = np.random.default_rng(seed)
-    weights, rises = loss.weights(), []
+    weights = loss.weights()
     scale = np.abs(weights)
 
-    def average(batch):
-        def noise():
-            if norm == "l2":
-                return generator.standard_normal(loss.size, loss.dtype)
-            return generator.uniform(-1, 1, loss.size).astype(loss.dtype)
+    def noise():
+        if norm == "l2":
+            return generator.standard_normal(loss.size, loss.dtype)
+        return generator.uniform(-1, 1, loss.size).astype(loss.dtype)
 
-        points = (weights + rho * scale * noise() for _ in range(num_samples))
-        return np.mean([loss.loss(batch, loss.at(p)) for p in points]) - loss.loss(batch, loss.at())
+    def loss_and_slope(batch, v):
+        value, gradient = loss.gradient([batch], loss.at(weights + scale * v))
+        return value, scale * gradient
 
-    def worst(batch):
-        def loss_and_slope(v):
-            value, gradient = loss.gradient(batch, loss.at(weights + scale * v))
-            return value, scale * gradient
-
-        return _ascent(loss_and_slope, np.zeros_like(weights), rho, norm, num_steps)
-
-    with progress_bar(None, verbose) as progress:
+    rises, sizes = [], []
+    with progress_bar(num_samples if kind == "average" else None, verbose) as progress:
+        if kind == "average":
+            here = loss.loss(data, loss.at())
+            for _ in range(num_samples):
+                rises.append(loss.loss(data, loss.at(weights + rho * scale * noise())) - here)
+                progress.add(1)
+            return Estimate.of(rises)
         for batch in data:
-            rises.append((worst if kind == "worst" else average)([batch]))
+            attacked = functools.partial(loss_and_slope, batch)
+            rises.append(_ascent(attacked, np.zeros_like(weights), rho, norm, num_steps))
+            sizes.append(len(keras.tree.flatten(batch)[0]))
             progress.add(1)
-    return Estimate.of(rises)
+    value = float(np.average(rises, weights=sizes))
+    return Estimate(value, standard_error(rises), np.array(rises))
 
 
 def _ascent(value_and_slope, start, rho, norm, num_steps):

@@ -1,10 +1,16 @@
-"""The loss and the 0-1 error of a model at other weights than its own."""
+"""The loss and the 0-1 error of a model at other weights than its own.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15: the functions for masks, which its
+losses and metrics use too.
+"""
 
 import contextlib
+import itertools
 
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask
 
 from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.loss_function import LossFunction
@@ -37,15 +43,19 @@ class Energy(LossFunction):
     def reestimated(self, data, weights, state):
         """Return the state with the statistics that the weights give batch normalisation.
 
-        Means and variances are the means of those of the batches. Random layers do not act.
+        They are those of the data, of all batches together. Random layers do not act.
         """
         if not self._moving:
             return state
         args = self.arrays(weights), state
-        means = self.mean(lambda *a: self._statistics(*a[:-1]), data, args)
+        found = self.mean(lambda *a: self._statistics(*a[:-1]), data, args)
+        means, variances, squares = found[::3], found[1::3], found[2::3]
+        # That of all is the mean within the batches and that between their means.
+        variances = [v + s - m**2 for m, v, s in zip(means, variances, squares)]
         state = list(state)
-        for (k, variable), mean in zip(self._moving, means):
-            state[k] = ops.convert_to_tensor(mean, dtype=variable.dtype)
+        pairs = [statistic for pair in zip(means, variances) for statistic in pair]
+        for (k, variable), statistic in zip(self._moving, pairs):
+            state[k] = ops.convert_to_tensor(statistic, dtype=variable.dtype)
         return state
 
     def _of_batch(self, weights, state, x, y):
@@ -57,15 +67,20 @@ class Energy(LossFunction):
         if kind is None:
             return None
         y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
+        mask = get_keras_mask(outputs)
         if kind == "binary":
             threshold = 0.0 if getattr(loss, "from_logits", False) else 0.5
-            y = ops.reshape(y, ops.shape(outputs))
-            right = keras.metrics.binary_accuracy(y, outputs, threshold)
+            y = ops.cast(ops.reshape(y, ops.shape(outputs)), outputs.dtype)
+            right = ops.equal(y >= 0.5, outputs > threshold)[..., 0]
         elif "sparse" in getattr(loss, "__name__", type(loss).__name__).lower():
             right = keras.metrics.sparse_categorical_accuracy(y, outputs)
         else:
             right = keras.metrics.categorical_accuracy(y, outputs)
-        return 1 - ops.mean(ops.cast(right, "float32"))
+        wrong = 1 - ops.cast(right, "float32")
+        if mask is None:
+            return ops.mean(wrong)
+        mask = ops.cast(mask, "float32")
+        return ops.sum(mask * wrong) / ops.maximum(ops.sum(mask), 1)
 
     def _statistics_of_batch(self, weights, state, x):
         with (
@@ -74,14 +89,21 @@ class Energy(LossFunction):
             contextlib.ExitStack() as stack,
         ):
             for layer in self._layers:
-                stack.enter_context(replaced(layer, "momentum", 0.0))
-                stack.enter_context(replaced(layer, "call", _in_training(layer.call)))
+                stack.enter_context(replaced(layer, "momentum", layer.momentum))
+                stack.enter_context(replaced(layer, "call", _in_training(layer)))
             predict(x)
-            return [scope.get_current_value(v) for _, v in self._moving]
+            values = [scope.get_current_value(v) for _, v in self._moving]
+        pairs = zip(values[::2], values[1::2])
+        return [array for mean, variance in pairs for array in (mean, variance, mean**2)]
 
 
-def _in_training(call):
+def _in_training(layer):
+    """Return a `call` that makes the moving statistics the means over the layer's calls."""
+    call, counter = layer.call, itertools.count()
+
     def call_in_training(inputs, training=None, mask=None):
+        before = next(counter)
+        layer.momentum = before / (before + 1)
         return call(inputs, training=True, mask=mask)
 
     return call_in_training

@@ -37,7 +37,9 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
         ValueError: If logits are to be normalised and the loss is no softmax cross-entropy.
     """
     loss, kind = kind_of_loss(model, outputs)
-    categorical, binary = kind == "categorical", kind == "binary"
+    # Of sequences of classes the loss itself is taken.
+    categorical = kind == "categorical" and len(_only(outputs).shape) == 2
+    binary = kind == "binary"
     if normalize_softmax and not categorical:
         raise ValueError(
             "`normalize_softmax` needs a model compiled with one softmax cross-entropy. "

@@ -1,11 +1,11 @@
 """Examples of a data set, as NumPy arrays."""
 
+import contextlib
 import itertools
+import sys
 
 import keras
 import numpy as np
-
-from keras_infomcr import backend
 
 
 def read_examples(x, y, limit):
@@ -22,7 +22,7 @@ def read_examples(x, y, limit):
 
     Raises:
         TypeError: If `x` is no data.
-        ValueError: If labels are missing or superfluous, lengths differ, or `x` holds NaN or
+        ValueError: If labels are missing or superfluous, lengths differ, or the data hold NaN or
             infinity.
     """
     if _gives_batches(x, y):
@@ -154,11 +154,20 @@ def _batches(x):
     if isinstance(x, keras.utils.PyDataset):
         indices = itertools.count() if x.num_batches is None else range(x.num_batches)
         batches = (x[i] for i in indices)
-    random_state = backend.random_state()
-    try:
+    with _torch_generator_kept():
         yield from batches
+
+
+@contextlib.contextmanager
+def _torch_generator_kept():
+    """Leave the generator as it was that a `DataLoader` draws from, on any backend."""
+    torch = sys.modules.get("torch")
+    state = torch and torch.get_rng_state()
+    try:
+        yield
     finally:
-        backend.set_random_state(random_state)  # which torch's `DataLoader` draws from
+        if torch:
+            torch.set_rng_state(state)
 
 
 def _to_arrays(batch):
@@ -216,12 +225,13 @@ def _checked(x, y):
         )
     if lengths == {0}:
         raise ValueError("The data must not be empty. Received: no example")
-    for array in keras.tree.flatten(x):
+    named = [(name, a) for name, data in (("x", x), ("y", y)) for a in keras.tree.flatten(data)]
+    for name, array in named:
         # By the extremes, which take no memory of the size of the data.
         if array.dtype.kind == "f" and not np.isfinite([array.min(), array.max()]).all():
             bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
             raise ValueError(
-                "`x` must be finite. Received: NaN or infinity in example "
+                f"`{name}` must be finite. Received: NaN or infinity in example "
                 f"{bad[0]} and {len(bad) - 1} others"
             )
     return x, y

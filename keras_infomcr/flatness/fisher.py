@@ -6,13 +6,21 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.spectral_norms import spectral_norms
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.gamma_hat import checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.progress import progress_bar
 
 
 def fisher_spectral_radius(
-    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_trials: int = 10,
+    verbose: int = 0,
+    **settings: Any,
 ) -> Estimate:
     """Compute the spectral radius of the Fisher information I of the examples of a trial.
 
@@ -26,6 +34,7 @@ def fisher_spectral_radius(
         x: As for `gamma_hat`.
         y: As for `gamma_hat`. Labels count by their largest entry.
         num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
         **settings: `num_examples`, `training`, `chunk_size`, `seed`, `normalize_softmax` and
             `softmax_scale`, as for `gamma_hat`.
 
@@ -42,11 +51,19 @@ def fisher_spectral_radius(
     result = fisher_spectral_radius(model, x_train, y_train, seed=0)
     ```
     """
-    return _measured(lambda gram: np.linalg.norm(gram, 2), model, x, y, num_trials, settings)
+    return _measured(
+        lambda gram: spectral_norms(gram[None])[0], model, x, y, num_trials, verbose, settings
+    )
 
 
 def fisher_frobenius_norm(
-    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_trials: int = 10,
+    verbose: int = 0,
+    **settings: Any,
 ) -> Estimate:
     """Compute the Frobenius norm of the Fisher information I of the examples of a trial.
 
@@ -61,6 +78,7 @@ def fisher_frobenius_norm(
         x: As for `gamma_hat`.
         y: As for `gamma_hat`. Labels count by their largest entry.
         num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
         **settings: As for `fisher_spectral_radius`.
 
     Returns:
@@ -76,11 +94,17 @@ def fisher_frobenius_norm(
     result = fisher_frobenius_norm(model, x_train, y_train, seed=0)
     ```
     """
-    return _measured(np.linalg.norm, model, x, y, num_trials, settings)
+    return _measured(np.linalg.norm, model, x, y, num_trials, verbose, settings)
 
 
 def fisher_trace(
-    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_trials: int = 10,
+    verbose: int = 0,
+    **settings: Any,
 ) -> Estimate:
     """Compute the trace of the Fisher information I of the examples of a trial.
 
@@ -93,6 +117,7 @@ def fisher_trace(
         x: As for `gamma_hat`.
         y: As for `gamma_hat`. Labels count by their largest entry.
         num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
         **settings: As for `fisher_spectral_radius`.
 
     Returns:
@@ -108,11 +133,17 @@ def fisher_trace(
     result = fisher_trace(model, x_train, y_train, seed=0)
     ```
     """
-    return _measured(np.trace, model, x, y, num_trials, settings)
+    return _measured(np.trace, model, x, y, num_trials, verbose, settings)
 
 
-def _measured(statistic, model, x, y, num_trials, settings):
+def _measured(statistic, model, x, y, num_trials, verbose, settings):
     validation.integer(minimum=1, num_trials=num_trials)
+    validation.one_of(0, 1, verbose=verbose)
     settings = checked_settings(num_trials=num_trials, **settings)
     estimator = shared_estimator(model, x, y, settings)
-    return Estimate.of([statistic(gram) / len(gram) for gram in estimator.measure_grams()])
+    samples = []
+    with progress_bar(num_trials, verbose) as progress:
+        for gram in estimator.measure_grams():
+            samples.append(statistic(gram) / len(gram))
+            progress.add(1)
+    return Estimate.of(samples)

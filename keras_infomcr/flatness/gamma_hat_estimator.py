@@ -97,13 +97,14 @@ class GammaHatEstimator:
     def measure_grams(self):
         """Measure the model as it is now.
 
-        Returns:
-            List of T arrays `[N', N']`: of each trial, J J^T.
+        Yields:
+            T arrays `[N', N']`: of each trial, J J^T.
         """
         if self._grams is None:
             self.prepare()
-        slopes = ((np.exp(factors / 2), grams) for factors, grams in self._measured())
-        return [grams.sum(axis=0) * np.outer(slope, slope) for slope, grams in slopes]
+        for factors, grams in self._measured():
+            slope = np.exp(factors / 2)
+            yield grams.sum(axis=0) * np.outer(slope, slope)
 
     @property
     def layers(self):

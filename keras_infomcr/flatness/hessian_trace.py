@@ -42,12 +42,14 @@ def hessian_trace(
         y: Array or structure of arrays `[N, ...]`, the labels; `None` if `x` gives batches.
         num_products: Integer, at least 2, at least 6 for `"hutch++"`. Hessian-vector products,
             of all the data or a trial, each of the cost of some 2 to 4 epochs of training. The
-            standard error falls as its square root or faster. Defaults to 30.
+            standard error falls as its square root or faster; from fewer than 15 it is itself
+            a rough estimate, and too small more often than not. Defaults to 30.
         method: `"hutchinson"` or `"hutch++"`, which spends two thirds of the products on the
             largest eigenvalues, exactly, and estimates the rest. Its standard error is the
             smaller one where a few eigenvalues are far larger than the others, as for most
-            networks. It keeps `num_products / 3` vectors like the weights. Defaults to
-            `"hutch++"`.
+            networks. It keeps `num_products / 3` vectors like the weights, and for a moment
+            some six times as many, where the other one works with ten at a time, as
+            `hessian_frobenius_norm` does. Defaults to `"hutch++"`.
         num_examples: Integer, at least 1, N', the examples of a trial; or `None`: all of the
             data is measured, in batches. Defaults to `None`.
         num_trials: Integer, at least 1. T, the trials averaged, if `num_examples` is given.

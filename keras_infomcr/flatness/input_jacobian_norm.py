@@ -9,9 +9,10 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend, validation
+from keras_infomcr.core.spectral_norms import spectral_norms
 from keras_infomcr.flatness.checks import check_built, check_compiled, check_sampling
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.example_values import kind_of_loss
+from keras_infomcr.flatness.example_values import kind_of_loss, predict_with_logits
 from keras_infomcr.flatness.examples import trial_batches
 from keras_infomcr.flatness.progress import progress_bar
 from keras_infomcr.flatness.shared import shared
@@ -53,7 +54,8 @@ def input_jacobian_norm(
         verbose: 0 or 1. With 1, a progress bar counts the batches. Defaults to 0.
 
     Returns:
-        An `Estimate`, its samples the squared norms of the examples.
+        An `Estimate`, its samples the squared norms of the examples, which its standard error
+        takes for a sample of more.
 
     Raises:
         TypeError: As `hessian_trace`, and if an input holds integers.
@@ -76,7 +78,7 @@ def input_jacobian_norm(
         for inputs, _ in data:
             grams = jacobian.grams(inputs)
             if norm == "spectral":
-                samples.append(np.linalg.norm(grams, 2, axis=(1, 2)))
+                samples.append(spectral_norms(grams))
             else:
                 samples.append(np.trace(grams, axis1=1, axis2=2))
             progress.add(1)
@@ -98,6 +100,7 @@ class InputJacobian:
         self._lock = threading.Lock()
         # An example's own row is the derivative of the batch's sum: in inference none sees others.
         self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
+        self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
 
     def grams(self, x):
         """Return J J^T of each example.
@@ -118,21 +121,53 @@ class InputJacobian:
         context = self._objective.weights(), self._objective.state()
         tensors = [ops.convert_to_tensor(a) for a in inputs]
         self._structure = keras.tree.map_structure(lambda a: 0, x)
-        _, rows = backend.on_device(backend.devices(self.model)[0], self._rows, tensors, context)
+        device = backend.devices(self.model)[0]
+        _, rows = backend.on_device(device, self._rows, tensors, context)
         rows = [ops.convert_to_numpy(r) for r in rows]
         flat = [r.reshape(*r.shape[:2], math.prod(r.shape[2:])).swapaxes(0, 1) for r in rows]
-        return sum(f @ f.swapaxes(1, 2) for f in (f.astype("float64") for f in flat))
+        grams = sum(f @ f.swapaxes(1, 2) for f in (f.astype("float64") for f in flat))
+        if self._slopes is None:
+            return grams
+        logits = ops.convert_to_numpy(backend.on_device(device, self._of_batch, tensors, context))
+        slopes = self._slopes(logits.astype("float64"))
+        return slopes @ grams @ slopes
 
     def _sums(self, inputs, context):
+        return ops.cast(ops.sum(self._values(inputs, context), axis=0), backend.widest_float())
+
+    def _values(self, inputs, context):
+        """Return the logits of classes, else the outputs, `[B, K]`.
+
+        The slope of a probability near 1 is lost in float32, that of its logit is not.
+        """
         x = keras.tree.pack_sequence_as(self._structure, inputs)
         with self._lock, self._objective.at(*context, False) as (predict, _):
-            outputs = predict(x)
-        sums = [ops.reshape(ops.sum(p, axis=0), (-1,)) for p in self._probabilities(outputs)]
-        return ops.cast(ops.concatenate(sums), backend.widest_float())
-
-    def _probabilities(self, outputs):
+            outputs, logits = predict_with_logits(self.model, predict, x)
         loss, kind = kind_of_loss(self.model, outputs)
-        outputs = keras.tree.flatten(outputs)
-        if kind is None or not getattr(loss, "from_logits", False):
-            return outputs
-        return [ops.softmax(outputs[0]) if kind == "categorical" else ops.sigmoid(outputs[0])]
+        values, self._slopes = keras.tree.flatten(outputs), None
+        if kind and getattr(loss, "from_logits", False):
+            logits = values[0]
+        if kind == "categorical" and logits is not None and len(logits.shape) > 2:
+            values = [ops.softmax(logits)]
+        elif kind and logits is not None:
+            values, self._slopes = [logits], _SLOPES[kind]
+        return ops.concatenate([ops.reshape(v, (ops.shape(v)[0], -1)) for v in values], axis=1)
+
+
+def _slopes_of_softmax(logits):
+    """Return diag p - p p^T of each example."""
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    slopes = -p[:, :, None] * p[:, None, :]
+    diagonal = np.einsum("bkk->bk", slopes)
+    diagonal[...] = 0
+    diagonal[...] = -slopes.sum(axis=2)  # not p - p^2, where p is 1
+    return slopes
+
+
+def _slopes_of_sigmoid(logits):
+    """Return p (1 - p) of each example."""
+    return np.exp(-np.logaddexp(0, logits) - np.logaddexp(0, -logits))[:, :, None]
+
+
+_SLOPES = {"categorical": _slopes_of_softmax, "binary": _slopes_of_sigmoid}

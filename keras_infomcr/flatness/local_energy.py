@@ -72,8 +72,8 @@ def local_energy(
         kind: `"multiplicative"`, as above, or `"additive"`: E(w + sigma z). Defaults to
             `"multiplicative"`.
         reestimate_statistics: Boolean, whether batch normalisation gets, for the disturbed weights
-            and for w, the statistics that the data give it: another pass for each. Defaults to
-            `False`.
+            and for w, the statistics that all the data together give it: another pass for each.
+            Defaults to `False`.
         num_examples: Integer, at least 1: so many examples are drawn, of data in batches the
             first are read; or `None`: all are measured. Defaults to `None`.
         batch_size: Integer, at least 1: examples that go through the model together. Defaults

@@ -13,8 +13,7 @@ class PacBayesBound:
     Attributes:
         value: Float, the bound on the expected loss of unseen examples; infinity where it exceeds
             the range of float64.
-        log_complexity: Float, ln A: A is how far the loss rises to the rim of the neighbourhood
-            of the minimum.
+        log_complexity: Float, ln A.
     """
 
     value: float
@@ -31,12 +30,17 @@ def pac_bayes_bound(
 ) -> PacBayesBound:
     """Bound the expected loss of unseen examples around a minimum.
 
-        L(D) <= L0 + 2 sqrt((2 L0 + 2 A + ln(2 N / delta)) / (N - 1))
+        E_Q[L(D)] <= E_Q[L(S)] + 2 sqrt((2 L0 + 2 A + ln(2 N / delta)) / (N - 1))
         A = W V^(2/W) pi^(1/W) exp(gamma / W) / (4 pi e)
 
-    with probability 1 - delta at least, for weights drawn around the minimum; L0 stands for
-    their mean training loss, which exceeds it by A at most. The powers are taken of logarithms,
-    so that millions of weights do not overflow.
+    with probability 1 - delta at least, for weights drawn by Q from a neighbourhood of the
+    minimum. It is a basin in which the loss is quadratic (Assumption 2), so that E_Q[L(S)] is at
+    most the loss at its rim, which is put in its place: L0 + h, with
+
+        h = (V Gamma(W/2 + 1))^(2/W) exp(gamma / W) / (2 pi),
+
+    to which A tends for many weights. The powers are taken of logarithms, so that millions of
+    weights do not overflow.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Theorem 1 (https://arxiv.org/abs/1911.08192).
@@ -73,7 +77,12 @@ def pac_bayes_bound(
         math.log(num_weights / (4 * math.pi * math.e))
         + (2 * log_volume + math.log(math.pi) + gamma) / num_weights
     )
-    complexity = math.exp(log_complexity) if log_complexity < 709 else math.inf
+    log_height = (
+        2 * (log_volume + math.lgamma(num_weights / 2 + 1)) + gamma
+    ) / num_weights - math.log(2 * math.pi)
+    complexity, height = (
+        math.exp(a) if a < 709 else math.inf for a in (log_complexity, log_height)
+    )
     spread = 2 * train_loss + 2 * complexity + math.log(2 * num_examples / delta)
-    value = train_loss + 2 * math.sqrt(spread / (num_examples - 1))
+    value = train_loss + height + 2 * math.sqrt(spread / (num_examples - 1))
     return PacBayesBound(value, log_complexity)

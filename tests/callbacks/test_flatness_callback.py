@@ -221,8 +221,13 @@ def test_measures_of_other_models_and_data_are_their_own(data):
 def test_data_are_checked_before_training(data):
     model = classifier()
     before = model.get_weights()
-    with pytest.raises(ValueError, match="read to their end, several times"):
-        fit(model, data, TRACE, callbacks=[FlatnessCallback(iter([data]), [TRACE])])
+    for bad, message in [
+        (iter([data]), "read to their end, several times"),
+        ([], "must not be empty"),
+        ([(np.full_like(data[0], np.nan), data[1])], "`x` must be finite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(model, data, TRACE, callbacks=[FlatnessCallback(bad, [TRACE])])
     for weight, value in zip(model.get_weights(), before):
         np.testing.assert_array_equal(weight, value)
 

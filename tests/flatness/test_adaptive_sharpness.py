@@ -165,10 +165,21 @@ def test_batches_are_attacked_each_for_itself(float64, data):
     with sharing({}):
         alone = [adaptive_sharpness(model, x[rows], y[rows]).value for rows in parts]
     np.testing.assert_allclose(result.samples, alone, rtol=1e-9)
-    assert result.value == pytest.approx(np.mean(alone), rel=1e-9)
+    assert result.value == pytest.approx(np.average(alone, weights=[5, 5, 2]), rel=1e-9)
     assert result.stderr == pytest.approx(np.std(alone, ddof=1) / math.sqrt(3), rel=1e-9)
     whole = adaptive_sharpness(model, x, y)
     assert math.isnan(whole.stderr) and whole.value < result.value
+
+
+def test_average_is_that_of_all_of_the_data(float64, data):
+    model = sequential(layers.Dense(5, "tanh"), layers.Dense(NUM_CLASSES))
+    settings = {"kind": "average", "num_samples": 4, "seed": 0}
+    with sharing({}):
+        result, whole = (
+            adaptive_sharpness(model, *data, batch_size=b, **settings) for b in (5, 12)
+        )
+    np.testing.assert_allclose(result.samples, whole.samples, rtol=1e-9, atol=1e-15)
+    assert result.stderr == pytest.approx(np.std(whole.samples, ddof=1) / 2, rel=1e-6)
 
 
 @kinds_of_data

@@ -162,6 +162,31 @@ def test_model_and_seeds_are_untouched():
     assert_untouched(measure_all)
 
 
+def test_weights_that_are_not_finite_give_nan(data):
+    model = sequential(
+        layers.Dense(NUM_CLASSES, kernel_initializer=keras.initializers.Constant(np.nan))
+    )
+    for measure, _ in MEASURES:
+        assert math.isnan(measure(model, *data, num_examples=4, num_trials=2).value)
+
+
+def test_sequences_of_classes_take_their_loss(float64, rng):
+    """The gradient of the mean over six positions, by a kernel and a bias that they share."""
+    x, y = rng.normal(size=(4, 6, 3)), rng.integers(0, NUM_CLASSES, (4, 6))
+    model = sequential(layers.Dense(NUM_CLASSES, bias_initializer="normal"), inputs=(6, 3))
+    kernel, bias = model.get_weights()
+    rows = []
+    for inputs, labels in zip(x, y):
+        slopes = (softmax(inputs @ kernel + bias) - np.eye(NUM_CLASSES)[labels]) / 6
+        rows.append(np.concatenate([(inputs.T @ slopes).ravel(), slopes.sum(axis=0)]))
+    assert_norms(model, x, y, rows, rel=1e-12)
+
+
+def test_progress_counts_the_trials(data, capsys):
+    fisher_trace(classifier(), *data, num_examples=4, num_trials=3, verbose=1)
+    assert "3/3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value", [0, 2.0, "auto"])
 @pytest.mark.parametrize("measure", [m for m, _ in MEASURES])
 def test_bad_numbers_of_trials(data, measure, value):

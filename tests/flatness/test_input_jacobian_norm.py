@@ -126,14 +126,27 @@ def test_examples_do_not_see_each_other(float64, data, batch_size):
     assert_norms(model, data[0], np.stack(columns, axis=2), rel=1e-7, batch_size=batch_size)
 
 
-def test_saturated_probabilities_give_a_small_finite_value():
-    model = sequential(layers.Dense(2, use_bias=False), inputs=(2,))
-    model.set_weights([200 * np.eye(2)])
-    result = input_jacobian_norm(model, np.array([[1.0, 0.0], [0.0, 0.0]], "float32"))
-    jacobian = 0.25 * 200 * np.array([[1, -1], [-1, 1]])
-    np.testing.assert_allclose(
-        result.samples, [0, np.linalg.norm(jacobian, 2) ** 2], rtol=1e-5, atol=1e-30
-    )
+@pytest.mark.parametrize("margin", [2.0, 12.0, 15.0, 40.0, 200.0])
+@pytest.mark.parametrize("kind", ["logits", "softmax", "sigmoid"])
+def test_saturated_probabilities_keep_their_slope(margin, kind):
+    """The logits are m and 0, or m alone: the slopes are p q, p = 1 / (1 + exp(-m))."""
+    classes = 1 if kind == "sigmoid" else 2
+    loss = {"logits": from_logits(), "softmax": "sparse_categorical_crossentropy"}
+    loss = loss.get(kind, "binary_crossentropy")
+    activation = None if kind == "logits" else kind
+    model = sequential(layers.Dense(classes, activation, use_bias=False), inputs=(2,), loss=loss)
+    model.set_weights([margin * np.eye(2)[:, :classes]])
+    result = input_jacobian_norm(model, np.array([[1.0, 0.0]], "float32"))
+    slope = math.exp(-margin) / (1 + math.exp(-margin)) ** 2
+    # p q [[1, -1], [-1, 1]] = diag p - p p^T has the norm 2 p q. Float32 rounds to 1e-7.
+    assert result.value == pytest.approx((classes * margin * slope) ** 2, rel=1e-5)
+
+
+def test_weights_that_are_not_finite_give_nan(data):
+    model = sequential(layers.Dense(NUM_CLASSES))
+    model.layers[0].bias.assign(np.full(NUM_CLASSES, np.nan))
+    for norm in NORMS:
+        assert math.isnan(input_jacobian_norm(model, data[0].astype("float32"), norm=norm).value)
 
 
 # ---------------------------------------------------------------- data

@@ -10,6 +10,7 @@ import statistics
 import keras
 import numpy as np
 import pytest
+from frameworks import numpy
 from measuring import Quadratic, assert_untouched, kinds_of_data
 from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
@@ -115,6 +116,32 @@ def test_error_does_not_rise_where_the_decision_cannot_change(data):
     assert abs(result.value) > 1e-3
 
 
+def test_error_of_soft_binary_labels_is_that_of_the_nearer_class(data):
+    model = sequential(layers.Dense(1), loss=binary_from_logits())
+    soft = np.where(data[0] @ model.get_weights()[0] > 0, 0.9, 0.1).astype("float32")
+    soft[:3] = 1 - soft[:3]
+    loss, error = Energy(model).energies([(data[0], soft)], *energy_at(model))
+    assert error == pytest.approx(3 / 12)
+    assert loss == pytest.approx(model.evaluate(data[0], soft, verbose=0), rel=1e-5)
+
+
+def energy_at(model):
+    energy = Energy(model)
+    return energy.weights(), energy.state()
+
+
+def test_error_leaves_out_what_is_masked(rng):
+    """Padding, 0, is no word; a third of the words is labelled wrong."""
+    words = np.repeat([[1, 2, 3, 0, 0, 0]], 4, axis=0)
+    stack = [layers.Embedding(4, 5, mask_zero=True), layers.Dense(NUM_CLASSES)]
+    model = compiled(keras.Sequential([keras.Input((6,), dtype="int32"), *stack]), from_logits())
+    labels = numpy(model(words)).argmax(axis=-1)
+    labels[:, 0] = (labels[:, 0] + 1) % NUM_CLASSES
+    labels[:, 3:] = (labels[:, 3:] + 1) % NUM_CLASSES
+    _, error = Energy(model).energies([(words, labels)], *energy_at(model))
+    assert error == pytest.approx(1 / 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["mse", keras.losses.MeanAbsoluteError()])
 def test_other_losses_have_no_error(data, loss):
     result = local_energy(sequential(layers.Dense(1), loss=loss), *data, num_samples=2)
@@ -190,19 +217,27 @@ def test_statistics_given_anew_make_the_scale_of_a_kernel_vanish(float64, data):
 
 @pytest.mark.parametrize("batch_size", [128, 5])
 def test_statistics_given_anew_are_those_of_the_batches(float64, data, batch_size):
-    """Dropout does not act."""
+    """Of all of them together. Dropout does not act."""
     stack = [layers.Dropout(0.5), layers.BatchNormalization(center=False, scale=False)]
     model = sequential(*stack, layers.Dense(NUM_CLASSES))
     x, y = data
     settings = {"num_samples": 2, "seed": 0, "batch_size": batch_size}
     moving = local_energy(model, x, y, **settings).value
     result = local_energy(model, x, y, reestimate_statistics=True, **settings).value
-    batches = np.split(x.astype("float64"), range(batch_size, 12, batch_size))
-    shares = [len(b) / 12 for b in batches]
-    moments = [(b.mean(axis=0), ((b - b.mean(axis=0)) ** 2).mean(axis=0)) for b in batches]
-    model.layers[1].set_weights([sum(s * m for s, m in zip(shares, ms)) for ms in zip(*moments)])
+    model.layers[1].set_weights([x.astype("float64").mean(axis=0), x.astype("float64").var(axis=0)])
     assert result == pytest.approx(local_energy(model, x, y, **settings).value, rel=1e-9)
     assert abs(moving - result) > 1e-6
+
+
+def test_statistics_of_a_layer_called_twice_are_the_means_of_its_calls(float64, data):
+    inputs, norm = keras.Input((6,)), layers.BatchNormalization()
+    both = layers.concatenate([norm(inputs), norm(10 * inputs)])
+    energy = Energy(compiled(keras.Model(inputs, layers.Dense(NUM_CLASSES)(both)), from_logits()))
+    mean, variance = energy.reestimated(Batches(*data, 128), energy.weights(), energy.state())[:2]
+    x = data[0].astype("float64")
+    np.testing.assert_allclose(mean, 5.5 * x.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(variance, 50.5 * x.var(axis=0), rtol=1e-9)
+    assert norm.momentum == 0.99
 
 
 def test_statistics_are_those_of_the_weights_given(float64, data):

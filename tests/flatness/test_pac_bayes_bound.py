@@ -20,13 +20,16 @@ SETTINGS = {
 
 
 def literal(train_loss, gamma, num_weights, num_examples, log_volume, delta=0.05):
-    """Return A and the bound as Theorem 1 writes them, with powers of the volume itself."""
+    """Return A and the bound, with powers of the volume itself: Theorem 1 and the basin's rim."""
     with mpmath.workdps(60):
         volume, w = mpmath.exp(log_volume), mpmath.mpf(num_weights)
         a = w * volume ** (2 / w) * mpmath.pi ** (1 / w) * mpmath.exp(mpmath.mpf(gamma) / w)
         a /= 4 * mpmath.pi * mpmath.e
         root = 2 * train_loss + 2 * a + mpmath.log(mpmath.mpf(2 * num_examples) / delta)
-        return a, train_loss + 2 * mpmath.sqrt(root / (num_examples - 1))
+        # The volume of an ellipsoid, solved for its height.
+        h = (volume * mpmath.gamma(w / 2 + 1)) ** (2 / w) * mpmath.exp(mpmath.mpf(gamma) / w)
+        h /= 2 * mpmath.pi
+        return a, train_loss + h + 2 * mpmath.sqrt(root / (num_examples - 1))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,30 @@ def test_complexity_is_the_height_of_a_quadratic_basin(rng, num_weights, ratio, 
     # Stirling's formula is too small by 1 / (12 n), n = W / 2, of which A takes the power 2 / W.
     correction = 1 / (3 * num_weights**2)
     assert measured == pytest.approx(num_weights ** (-1 / num_weights), rel=1.1 * correction)
+
+
+@pytest.mark.parametrize("num_weights", [2, 10, 1000])
+@pytest.mark.parametrize("height", [0.1, 3.0])
+def test_the_bound_is_above_the_theorem_with_the_mean_loss_of_its_draws(rng, num_weights, height):
+    """Q ~ exp(-rise) in the ellipsoid, where rise = h r^2 and r has the density W r^(W - 1)."""
+    eigenvalues = np.exp(rng.normal(-3, 2, num_weights))
+    half_axes = np.sqrt(2 * height / eigenvalues)
+    unit_ball = num_weights / 2 * math.log(math.pi) - math.lgamma(num_weights / 2 + 1)
+    result = pac_bayes_bound(
+        train_loss=0.1,
+        gamma=np.sum(np.log(eigenvalues)),
+        num_weights=num_weights,
+        num_examples=1000,
+        log_volume=unit_ball + np.sum(np.log(half_axes)),
+    )
+    rises = height * rng.uniform(size=20_000) ** (2 / num_weights)
+    chances = np.exp(-rises)
+    mean_rise = np.sum(rises * chances) / np.sum(chances)
+    root = 2 * 0.1 + 2 * math.exp(result.log_complexity) + math.log(2 * 1000 / 0.05)
+    theorem = 0.1 + mean_rise + 2 * math.sqrt(root / 999)
+    assert theorem < result.value
+    # The draws lie at the rim, the more so the more weights there are: 1 - r^2 is some 2 / W.
+    assert result.value - theorem < height * (2 + height) * 2 / num_weights
 
 
 @pytest.mark.parametrize("name", ["gamma", "log_volume"])
