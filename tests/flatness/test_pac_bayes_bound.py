@@ -65,23 +65,25 @@ def test_ten_million_weights(per_weight):
     assert result.value == pytest.approx(float(value), rel=1e-12)
 
 
-@pytest.mark.parametrize(("num_weights", "ratio"), [(10, 0.79), (100, 0.955), (1000, 0.993)])
-@pytest.mark.parametrize("height", [0.1, 3.0])
-def test_complexity_is_the_height_of_a_quadratic_basin(rng, num_weights, ratio, height):
-    """M = {d^T H d / 2 <= h} is an ellipsoid with the half-axes sqrt(2 h / lambda_i).
-
-    A / h tends to 1 as Stirling's formula for Gamma(W / 2 + 1) does: it is near W^(-1 / W).
-    """
+def bound_of_basin(rng, num_weights, height):
+    """Return the bound of M = {d^T H d / 2 <= h}, an ellipsoid with half-axes sqrt(2 h / l_i)."""
     eigenvalues = np.exp(rng.normal(-3, 2, num_weights))
     half_axes = np.sqrt(2 * height / eigenvalues)
     unit_ball = num_weights / 2 * math.log(math.pi) - math.lgamma(num_weights / 2 + 1)
-    result = pac_bayes_bound(
+    return pac_bayes_bound(
         train_loss=0.1,
         gamma=np.sum(np.log(eigenvalues)),
         num_weights=num_weights,
-        num_examples=100,
+        num_examples=1000,
         log_volume=unit_ball + np.sum(np.log(half_axes)),
     )
+
+
+@pytest.mark.parametrize(("num_weights", "ratio"), [(10, 0.79), (100, 0.955), (1000, 0.993)])
+@pytest.mark.parametrize("height", [0.1, 3.0])
+def test_complexity_is_the_height_of_a_quadratic_basin(rng, num_weights, ratio, height):
+    """A / h tends to 1 as Stirling's formula for Gamma(W / 2 + 1) does: near W^(-1 / W)."""
+    result = bound_of_basin(rng, num_weights, height)
     measured = math.exp(result.log_complexity) / height
     assert measured == pytest.approx(ratio, abs=0.005 if num_weights == 10 else 0.0005)
     # Stirling's formula is too small by 1 / (12 n), n = W / 2, of which A takes the power 2 / W.
@@ -93,16 +95,7 @@ def test_complexity_is_the_height_of_a_quadratic_basin(rng, num_weights, ratio, 
 @pytest.mark.parametrize("height", [0.1, 3.0])
 def test_the_bound_is_above_the_theorem_with_the_mean_loss_of_its_draws(rng, num_weights, height):
     """Q ~ exp(-rise) in the ellipsoid, where rise = h r^2 and r has the density W r^(W - 1)."""
-    eigenvalues = np.exp(rng.normal(-3, 2, num_weights))
-    half_axes = np.sqrt(2 * height / eigenvalues)
-    unit_ball = num_weights / 2 * math.log(math.pi) - math.lgamma(num_weights / 2 + 1)
-    result = pac_bayes_bound(
-        train_loss=0.1,
-        gamma=np.sum(np.log(eigenvalues)),
-        num_weights=num_weights,
-        num_examples=1000,
-        log_volume=unit_ball + np.sum(np.log(half_axes)),
-    )
+    result = bound_of_basin(rng, num_weights, height)
     rises = height * rng.uniform(size=20_000) ** (2 / num_weights)
     chances = np.exp(-rises)
     mean_rise = np.sum(rises * chances) / np.sum(chances)
