@@ -126,8 +126,8 @@ def hessian_top_eigenvalues(
         k: Integer, from 1 to the number of weights. 2 k + 20 vectors like the weights are kept,
             and 4 k + 40 for a moment. Defaults to 10.
         tolerance: Float, greater than 0. There is an eigenvalue within this fraction of each, or
-            of a hundredth of the largest where that is more. (That none between them is missed is
-            as sure as Lanczos iterations are: nearly.) Defaults to 0.01.
+            of a hundredth of the largest where that is more. (Lanczos iterations may, rarely,
+            miss one between them.) Defaults to 0.01.
         max_products: Integer, at least k; as for `hessian_spectral_radius`. Defaults to 200.
         **settings: As for `hessian_spectral_radius`.
 
