@@ -26,6 +26,7 @@ def test_every_measure_of_the_package_is_compared():
     assert {name.split(" ")[0].lstrip("-") for name in compare_minima.MEASURES} == functions
 
 
+@pytest.mark.slow
 def test_a_small_run_saves_its_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
     # One measure and three of the settings: compiling takes the time.
     few = {"-local_entropy": compare_minima.MEASURES["-local_entropy"]}

@@ -282,6 +282,7 @@ def datasets(x, y):
     yield array(x), array(y)
 
 
+@pytest.mark.slow
 def test_data_of_all_kinds(small):
     expected = small.measured(hessian_trace, num_products=6).value
     for data in datasets(small.x, small.y):

@@ -773,6 +773,7 @@ class MeanOverWords(keras.layers.Layer):
         return keras.KerasTensor((x.shape[0], x.shape[2]), dtype=x.dtype)
 
 
+@pytest.mark.slow
 @only_on("tensorflow", reason="Keras has ragged tensors on TensorFlow alone")
 def test_ragged_inputs():
     import tensorflow as tf
@@ -827,6 +828,7 @@ def test_sparse_gradients_stay_sparse():
 # State
 
 
+@pytest.mark.slow
 def test_state_advances_once_per_step():
     """Batch-norm statistics, seeds, metrics of layers and of the model."""
     check(normalized, fitting(), compiling(metrics=["mae"]))
@@ -870,6 +872,7 @@ def test_metrics_count_each_example_once(main):
 # A drop-in
 
 
+@pytest.mark.slow
 def test_evaluate_and_its_like_return_what_keras_returns():
     def run(model):
         model.fit(X, LABELS, verbose=0)
