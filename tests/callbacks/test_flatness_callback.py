@@ -165,6 +165,7 @@ def test_verbose_prints_a_line_for_each_measurement(data, capsys):
     assert lines[2].startswith("hessian_trace takes ")
 
 
+@pytest.mark.slow
 def test_model_under_a_distribution_strategy(data, mirrored):
     with mirrored.scope():
         model = classifier()

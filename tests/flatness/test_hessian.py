@@ -236,6 +236,7 @@ def test_density_is_drawn(small):
 # ---------------------------------------------------------------- the data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
 def test_batches_do_not_change_the_measure(small, measure):
     whole, in_parts = (small.measured(measure, batch_size=b).value for b in (24, 7))
@@ -325,6 +326,7 @@ def test_memory_does_not_grow_with_the_data(small):
     assert peak < 3e6
 
 
+@pytest.mark.slow
 def test_trials_are_averaged(small):
     found = small.measured(hessian_spectral_radius, num_examples=6, num_trials=4)
     assert found.samples.shape == (4,)
@@ -345,6 +347,7 @@ def test_one_trial_of_all_examples_is_the_whole(small):
     assert np.isnan(small.measured(hessian_spectral_radius).stderr)
 
 
+@pytest.mark.slow
 def test_seeds(small):
     values = [small.measured(hessian_trace, num_products=6).value for _ in range(2)]
     assert values[0] == values[1]
@@ -413,6 +416,7 @@ def test_run_eagerly(small):
     assert small.measured(hessian_trace, num_products=6).value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_mirrored_strategy_gives_the_same(mirrored, small):
     with mirrored.scope():
         model = keras.models.clone_model(small.model)

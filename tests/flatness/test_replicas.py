@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from frameworks import only_on
 from keras import layers
 
@@ -21,6 +22,7 @@ def network():
 SETTINGS = {"num_examples": 20, "num_trials": 5, "seed": 0}
 
 
+@pytest.mark.slow
 def test_mirrored_strategy_gives_the_same_trials(mirrored, digits):
     with mirrored.scope():
         model = network()

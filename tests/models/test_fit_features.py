@@ -343,6 +343,7 @@ def test_weighted_metrics_and_sample_weight(main, mode):
     check(two_layers, fitting(sample_weight=WEIGHTS), compile, main)
 
 
+@pytest.mark.slow
 def test_sample_weight_per_output():
     weights = {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}
     fit = fitting(y={"a": LABELS, "b": Y}, sample_weight=weights)
@@ -526,6 +527,7 @@ def test_weight_constraints():
 # How the step runs
 
 
+@pytest.mark.slow
 @only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch")
 def test_steps_per_execution():
     check(two_layers, fitting(), compiling(steps_per_execution=2), "auto")
@@ -684,6 +686,7 @@ def test_stateful_layers_need_sub_batches_of_one_size():
         model.fit(sequences(8), verbose=0, shuffle=False)
 
 
+@pytest.mark.slow
 def test_models_built_at_the_first_step():
     def build(base):
         class Net(base):
@@ -990,6 +993,7 @@ def test_gate_flipped_in_fit_takes_effect_with_the_next_batch(callback, mode, wh
     check_schedule(flip, [BETA * active for active in when], callback, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "mode"), [(Call, {}), (CallAfter, {}), (Call, EAGER), (Call, XLA)]
 )

@@ -178,6 +178,7 @@ def test_a_loaded_model_trains_on_as_if_it_had_not_been_saved(way, tmp_path):
     assert_same_state(model, train(loaded))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["functional", "from subclass"])
 def test_a_loaded_model_fits_on_as_if_it_had_not_been_saved(way, tmp_path):
     def fit(model):

@@ -97,6 +97,7 @@ def test_every_subset_comes_up_and_follows_from_the_step():
     np.testing.assert_array_equal(numpy(again._random_ranks(M, array(7, "int32"))), ranks[7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main_gradient", MAIN_GRADIENTS)
 def test_all_sub_batches_are_the_default(main_gradient, rng):
     x, y = data(rng, 22)
@@ -151,6 +152,7 @@ def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rn
     np.testing.assert_allclose(flat(model.get_weights()), flat(reference.get_weights()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_subsets(rng, tmp_path):
     x, y = data(rng, 24)
     model = make(1, normalize=True)

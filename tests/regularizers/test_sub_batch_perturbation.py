@@ -281,6 +281,7 @@ def contributions(build, policy):
     return given, (trained[0] - trained[1]) / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [gelu_network, GeluNetwork])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision_contributes_what_float32_does(build, policy):
