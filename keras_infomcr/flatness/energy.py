@@ -50,8 +50,10 @@ class Energy(LossFunction):
         args = self.arrays(weights), state
         found = self.mean(lambda *a: self._statistics(*a[:-1]), data, args)
         means, variances, squares = found[::3], found[1::3], found[2::3]
-        # That of all is the mean within the batches and that between their means.
-        variances = [v + s - m**2 for m, v, s in zip(means, variances, squares)]
+        # That of all is the mean within the batches and that of their means.
+        # The latter is rounded to that of the squares, below zero too where there is next to none.
+        between = [np.maximum(s - m**2, 0) for m, s in zip(means, squares)]
+        variances = [v + b for v, b in zip(variances, between)]
         state = list(state)
         pairs = [statistic for pair in zip(means, variances) for statistic in pair]
         for (k, variable), statistic in zip(self._moving, pairs):
