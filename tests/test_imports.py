@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "core": set(),
     "backend": set(),
     "sub_batches": {"backend"},
-    "objective": {"backend", "core", "sub_batches"},
+    "objective": {"backend", "sub_batches"},
     "layers": {"validation"},
     "regularizers": {"validation", "scalars", "core", "backend", "objective"},
     "flatness": {"validation", "core", "backend", "objective", "layers"},

@@ -36,6 +36,10 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
 * `forward(model, x, **kwargs)`: the outputs, with the layers in the mode of that pass.
 * `modules_at_variables(model)`: a context in which layers that are modules of the framework, and
   hold their tensors themselves, use the present values of the variables and keep their state.
+* `without_rematerialization()`: a context in which `keras.RematScope` and `keras.remat` do nothing,
+  where the framework computes anew in a backward pass that has left the scope of the evaluation.
+* `step_keeps_assigned_weights()`: whether Keras's training step keeps what a layer assigns to its
+  trainable weights when it is called.
 * `add(gradient, term)`: a gradient of `main_pass` and a dense array, added.
 * `apply(optimizer, gradients, variables)`: the optimizer's step.
 * `train_step(step, model, *args)`: what Keras's `train_step(*args)` returns, of a function
@@ -116,8 +120,10 @@ random_state = _module.random_state
 reducible = _module.reducible
 set_random_state = _module.set_random_state
 slice_rows = _module.slice_rows
+step_keeps_assigned_weights = _module.step_keeps_assigned_weights
 traced_once = _module.traced_once
 train_step = _module.train_step
 value_and_grad = _module.value_and_grad
 wait_for_workers = _module.wait_for_workers
 widest_float = _module.widest_float
+without_rematerialization = _module.without_rematerialization

@@ -216,6 +216,16 @@ def modules_at_variables(model):
     return contextlib.nullcontext()
 
 
+def without_rematerialization():
+    """Do nothing: `jax.checkpoint` computes anew from what it has seen."""
+    return contextlib.nullcontext()
+
+
+def step_keeps_assigned_weights():
+    """Return `False`: Keras's step returns the updates of the other variables alone."""
+    return False
+
+
 def add(gradient, term):
     """Return gradient + term."""
     return gradient + term

@@ -5,12 +5,14 @@ uses them too: `_compute_loss`, `_loss_tracker`, `_call_has_training_arg`, `_dis
 and `_in_multi_worker_mode` of a `tf.distribute.Strategy`, which Keras asks too.
 """
 
+import collections
 import contextlib
 import threading
 
 import keras
 import tensorflow as tf
 
+from keras_infomcr.backend.tensorflow_draws import draws_refused
 from keras_infomcr.backend.tensorflow_graphs import cond, looped, traced_once  # noqa: F401
 
 
@@ -21,7 +23,8 @@ def value_and_grad(function):
         with _alone():
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(weights)
-                value, auxiliary = function(weights, *args)
+                with draws_refused():
+                    value, auxiliary = function(weights, *args)
             gradients = tape.gradient(value, weights)
         return (value, auxiliary), [None if g is None else _dense(g) for g in gradients]
 
@@ -56,7 +59,8 @@ def hessian_vector_products(function, compiled=True):
                 tape.watch(weights)
                 with tf.GradientTape(watch_accessed_variables=False) as inner:
                     inner.watch(weights)
-                    value = function(weights, *args)
+                    with draws_refused():
+                        value = function(weights, *args)
                 gradients = inner.gradient(value, weights)
                 known = [k for k, g in enumerate(gradients) if g is not None]
                 gradients = [_dense(gradients[k]) for k in known]
@@ -83,7 +87,28 @@ def _alone():
 
 
 _replaced_lock = threading.Lock()
-_replaced = []
+_users = collections.Counter()
+_originals = {}
+
+
+@contextlib.contextmanager
+def _replaced(owner, name, make):
+    """Replace a function of TensorFlow by what `make` makes of it.
+
+    Replicas trace in threads of their own, which may enter and leave in any order.
+    """
+    with _replaced_lock:
+        if not _users[name]:
+            _originals[name] = getattr(owner, name)
+            setattr(owner, name, make(_originals[name]))
+        _users[name] += 1
+    try:
+        yield
+    finally:
+        with _replaced_lock:
+            _users[name] -= 1
+            if not _users[name]:
+                setattr(owner, name, _originals.pop(name))
 
 
 @contextlib.contextmanager
@@ -92,20 +117,10 @@ def _twice_differentiable():
 
     The variance of `tf.nn.moments` hides its dependence on the mean. The derivative by the mean
     is zero, but second derivatives of batch, layer and group normalisation are wrong. Those of
-    `tf.image.resize` are none or an error. Replicas trace in threads of their own, which may enter
-    and leave in any order.
+    `tf.image.resize` are none or an error.
     """
-    with _replaced_lock:
-        _replaced.append((tf.nn.moments, tf.image.resize))
-        tf.nn.moments, tf.image.resize = _moments, _linear(_replaced[0][1])
-    try:
+    with _replaced(tf.nn, "moments", lambda _: _moments), _replaced(tf.image, "resize", _linear):
         yield
-    finally:
-        with _replaced_lock:
-            originals = _replaced[0]
-            _replaced.pop()
-            if not _replaced:
-                tf.nn.moments, tf.image.resize = originals
 
 
 def _moments(x, axes, shift=None, keepdims=False, name=None):
@@ -137,7 +152,12 @@ def _linear(function):
 
 def compiled(function):
     """Return a graph function."""
-    return tf.function(function, reduce_retracing=True, autograph=False)
+
+    def checked(*args):
+        with draws_refused():
+            return function(*args)
+
+    return tf.function(checked, reduce_retracing=True, autograph=False)
 
 
 def devices(model):
@@ -177,7 +197,8 @@ def jacobian(function, coupled, compiled=True):
     def whole(weights, context, *args):
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            values = function(weights, context, *args)
+            with draws_refused():
+                values = function(weights, context, *args)
         selectors = tf.eye(tf.shape(values)[0], dtype=values.dtype)
         rows = tf.map_fn(
             lambda selector: _gradients(tape, values, weights, selector),
@@ -191,7 +212,8 @@ def jacobian(function, coupled, compiled=True):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(weights)
                 example = tf.nest.map_structure(lambda a: a[None], example)
-                value = function(weights, context, *example)[0]
+                with draws_refused():
+                    value = function(weights, context, *example)[0]
             return value, _gradients(tape, value, weights)
 
         signature = tf.TensorSpec((), tf.float64), _specs(weights)
@@ -234,6 +256,16 @@ def forward(model, x, **kwargs):
 def modules_at_variables(model):
     """Do nothing: all layers read variables."""
     return contextlib.nullcontext()
+
+
+def without_rematerialization():
+    """Let `tf.recompute_grad` return the function: its gradients see variables alone."""
+    return _replaced(tf, "recompute_grad", lambda _: lambda function: function)
+
+
+def step_keeps_assigned_weights():
+    """Return `True`: assignments take effect at once."""
+    return True
 
 
 def add(gradient, term):

@@ -10,6 +10,7 @@ import warnings
 
 import keras
 import torch
+import torch.utils.checkpoint
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 
@@ -205,6 +206,26 @@ def modules_at_variables(model):
             entries[name] = tensor
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def without_rematerialization():
+    """Call what `torch.utils.checkpoint` would call again in the backward pass once only."""
+
+    def called(function, *args, use_reentrant=None, **kwargs):
+        return function(*args, **kwargs)
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    torch.utils.checkpoint.checkpoint = called
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.checkpoint = checkpoint
+
+
+def step_keeps_assigned_weights():
+    """Return `True`: assignments take effect at once."""
+    return True
 
 
 def add(gradient, term):

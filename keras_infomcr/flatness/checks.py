@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_infomcr import validation
+from keras_infomcr.objective import float8_scales
 
 
 def check_compiled(model):
@@ -22,7 +23,7 @@ def check_compiled(model):
 
 
 def check_built(model):
-    """Refuse a model that is not built or has no trainable weights."""
+    """Refuse a model that is not built, has no trainable weights or computes in float8."""
     if not model.built:
         raise ValueError(
             f"The model must be built. Received: model={model!r}. Call it on data first."
@@ -30,6 +31,12 @@ def check_built(model):
     if not model.trainable_variables:
         raise ValueError(
             f"The model must have trainable weights. Received: model={model!r} without."
+        )
+    if float8_scales(model):
+        raise ValueError(
+            "Layers must not be quantised to float8, through which nothing can be differentiated "
+            f"twice. Received: float8 scales {float8_scales(model)}. Measure the model before it "
+            "is quantised."
         )
 
 

@@ -206,26 +206,12 @@ class ExampleLoss:
         return y
 
     def __call__(self, x, y, outputs, logits):
-        with no_weight_penalties(self.model):
-            loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        loss = self.model._compute_loss(x, y, outputs, None, training=False)
         return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
 
     def log_loss_factors(self, values):
         """Return zeros: the rows are gradients of the loss itself."""
         return np.zeros_like(values)
-
-
-@contextlib.contextmanager
-def no_weight_penalties(model):
-    """Take the penalties out of the loss of any model, a plain `keras.Model` too."""
-    penalties = [(v, v.regularizer) for v in model.trainable_variables]
-    for variable, _ in penalties:
-        variable.regularizer = None
-    try:
-        yield
-    finally:
-        for variable, penalty in penalties:
-            variable.regularizer = penalty
 
 
 def _only(structure):

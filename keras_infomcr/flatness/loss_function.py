@@ -11,7 +11,6 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import check_built, check_compiled
-from keras_infomcr.flatness.example_values import no_weight_penalties
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
 
@@ -171,8 +170,7 @@ class LossFunction:
         training = self._training
         with self._lock, self._objective.at(weights, state, training) as (predict, _):
             outputs = predict(x)
-            with no_weight_penalties(self.model):
-                loss = self.model._compute_loss(x, y, outputs, None, training=training)
+            loss = self.model._compute_loss(x, y, outputs, None, training=training)
         return loss, outputs
 
     def _loss_of_batch(self, *args):

@@ -236,15 +236,6 @@ class RegularizedModel(keras.Model):
         ours = [*self._monitor.variables, self._regularizer.strength]
         return [*variables, *backend.passed_with_metrics(ours)]
 
-    @property
-    def losses(self):
-        losses = super().losses
-        if not objective.weight_penalties_excluded():
-            return losses
-        # Keras lists the penalties of the trainable variables last.
-        penalties = sum(v.regularizer is not None for v in self.trainable_variables)
-        return losses[: len(losses) - penalties]
-
     def get_compile_config(self):
         config = super().get_compile_config()
         if config.get("optimizer"):

@@ -59,9 +59,27 @@ def train_step(objective, regularizer, monitor, data):
         penalties = _scaled(unit, penalty_gradients)
         gradients = [p if t is None else _add(t, p) for p, t in zip(penalties, terms)]
     else:
+        _check_reached(objective, gradients)
         gradients = _added(gradients, terms)
     backend.apply(model.optimizer, gradients, model.trainable_variables)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def _check_reached(objective, gradients):
+    """Refuse a model whose evaluations do not see a weight that the training gradient sees."""
+    variables = objective.model.trainable_variables
+    hidden = [
+        variable.path
+        for k, (variable, gradient) in enumerate(zip(variables, gradients))
+        # The penalty on a weight is a part of the training loss alone.
+        if k in objective.unreached and gradient is not None and variable.regularizer is None
+    ]
+    if hidden:
+        raise ValueError(
+            "The loss of a sub-batch must have a gradient by each weight that the training loss "
+            f"has one by. Received: no gradient by {hidden}. On TensorFlow a function made by "
+            "`keras.remat` hides its weights: make the layer under `keras.RematScope` instead."
+        )
 
 
 def _finish_main_pass(model, x, y, y_pred, sample_weight, loss, state):

@@ -1,7 +1,11 @@
-"""Which models couple the examples of a batch."""
+"""Which models couple the examples of a batch.
+
+Private name of Keras used here, unchanged from 3.10 to 3.15: `_fn_kwargs`, the one place where a
+loss keeps all arguments of its function.
+"""
 
 import keras
-from keras import layers
+from keras import layers, losses
 
 from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
 
@@ -23,18 +27,28 @@ _BY_EXAMPLE = (
     layers.Maximum, layers.Minimum,
 )  # fmt: skip
 
+# Losses whose value for an example, and its weight in the mean, do not depend on other examples.
+_LOSSES_BY_EXAMPLE = (
+    losses.mean_squared_error, losses.mean_absolute_error, losses.mean_absolute_percentage_error,
+    losses.mean_squared_logarithmic_error, losses.huber, losses.log_cosh, losses.hinge,
+    losses.squared_hinge, losses.categorical_hinge, losses.kl_divergence, losses.poisson,
+    losses.cosine_similarity, losses.binary_crossentropy, losses.binary_focal_crossentropy,
+    losses.categorical_crossentropy, losses.categorical_focal_crossentropy,
+    losses.sparse_categorical_crossentropy, losses.ctc,
+)  # fmt: skip
+
 
 def couples_no_examples(model):
     """Return whether the model is known to couple no two examples of a batch in training.
 
-    Known are Functional models of listed Keras layers with Keras's own losses. Random layers are
-    left out: slices would see other masks than the full batch does.
+    Known are Functional models of listed Keras layers with listed losses of Keras. Random layers
+    are left out: slices would see other masks than the full batch does.
     """
-    losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
+    compiled_losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
     return (
         type(model).compute_loss is keras.Model.compute_loss
         and is_mean_over_examples(model)
-        and all(map(_is_loss_by_example, losses))
+        and all(map(_is_loss_by_example, compiled_losses))
         and _is_graph_of_known_layers(model)
         and not any(layer.activity_regularizer for layer in model._flatten_layers())
         and not any(layer.compute_dtype in HALF_PRECISION for layer in model._flatten_layers())
@@ -53,11 +67,19 @@ def has_state_of_its_own(model):
 
 
 def _is_loss_by_example(loss):
-    loss = keras.losses.get(loss)
-    loss = getattr(loss, "fn", loss)
-    # Dice and Tversky reduce over the whole batch whatever their `reduction`.
-    over_batch = (keras.losses.dice, keras.losses.tversky)
-    return _is_of_keras(loss) and loss not in over_batch
+    loss = losses.get(loss)
+    arguments = getattr(loss, "_fn_kwargs", {})
+    return (
+        getattr(loss, "fn", loss) in _LOSSES_BY_EXAMPLE
+        and _is_of_keras(loss)
+        # Labels of the ignored class take their weight from the others of the batch.
+        and arguments.get("ignore_class") is None
+        and _is_within_examples(arguments.get("axis", -1))
+    )
+
+
+def _is_within_examples(axes):
+    return all(axis == -1 or axis > 0 for axis in keras.tree.flatten(axes))
 
 
 def _is_graph_of_known_layers(model):
@@ -73,11 +95,11 @@ def _is_known(operation):
         return _is_of_keras(type(operation)) and _is_graph_of_known_layers(operation)
     if type(operation) is layers.BatchNormalization:
         return not operation.trainable
-    axes = keras.tree.flatten(getattr(operation, "axis", -1))
     activation = getattr(operation, "activation", None)
     return (
         type(operation) in _BY_EXAMPLE
-        and all(axis == -1 or axis > 0 for axis in axes)
+        and getattr(operation, "quantization_mode", None) is None
+        and _is_within_examples(getattr(operation, "axis", -1))
         and (activation is None or _is_of_keras(activation))
     )
 

@@ -11,7 +11,7 @@ from keras_infomcr.core.sub_batch_averages import (
     finite_differences,
     hessian_vector_products,
 )
-from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
+from keras_infomcr.objective import HALF_PRECISION, float8_scales, is_mean_over_examples
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer
 from keras_infomcr.scalars import times, to_shortest_float
@@ -31,6 +31,10 @@ class SubBatchPerturbation(Regularizer):
     information. L is the compiled loss, with `add_loss` terms and without weight penalties.
     All is computed in float32 at least, whatever the dtype policy.
 
+    Every pair of evaluations starts from the weights and the state (batch-norm statistics, seeds,
+    variables that a layer assigns when it is called) that the main pass over the batch has left.
+    What the pairs do to that state is dropped, so that it moves once a step.
+
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
     The paper has b_i/B = 1/M, which is the same when M divides B.
@@ -46,11 +50,13 @@ class SubBatchPerturbation(Regularizer):
         main_gradient: Where the gradient of L(B, w) comes from.
             `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
             (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
-            normalisation then sees sub-batches, its moving variance their mean variance, and
-            metrics that a layer updates in its `call` stand still.
-            `"auto"`: the second where the numbers are known to be the same (no layer couples
-            the examples of a batch or draws random numbers, losses are means over the examples),
-            else the first. Defaults to `"auto"`.
+            normalisation then sees sub-batches, its moving variance their mean variance, metrics
+            that a layer updates in its `call` stand still, and a loss that weighs an example by
+            the rest of the batch (`ignore_class`, masks, `Dice`) is that of each sub-batch.
+            `"auto"`: the second where the numbers are known to be the same (a Functional model of
+            layers of Keras that neither couple the examples of a batch nor draw random numbers,
+            with losses of Keras that are means over the examples), else the first. Defaults to
+            `"auto"`.
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
             drawn at random for each step, are perturbed, and their mean stands for that of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
@@ -132,6 +138,12 @@ class SubBatchPerturbation(Regularizer):
             add_up=backend.looped(accumulate, bool(model.jit_compile)),
             choose=choose,
         )
+        if main_pass and objective.rewritten:
+            raise ValueError(
+                "Layers that assign their own trainable weights when they are called must see "
+                'whole batches. Received: main_gradient="sub_batches" and layers that assign '
+                f'{sorted(objective.rewritten)}. Use `main_gradient="full_batch"`.'
+            )
         return result if choose is None else _scaled(result, len(sub_batches) / chosen)
 
     def _num_chosen(self, model, count):
@@ -193,13 +205,20 @@ class SubBatchPerturbation(Regularizer):
             )
 
     def check_weights(self, model):
-        """Refuse half-precision weights, where the finite difference would vanish."""
+        """Refuse weights of half and quarter precision, where the finite difference vanishes."""
         halves = [v.path for v in model.trainable_variables if v.dtype in HALF_PRECISION]
         if halves:
             raise ValueError(
                 "Weights must be float32 or float64: in half precision w - alpha g is w. "
                 f"Received: half-precision weights {halves}. Use the dtype policy "
                 '"mixed_float16" or "mixed_bfloat16".'
+            )
+        scales = float8_scales(model)
+        if scales:
+            raise ValueError(
+                "Layers must not be quantised to float8, where the loss at w - alpha g is that at "
+                f"w. Received: float8 scales {scales}. Train with float32, mixed_float16 or "
+                "mixed_bfloat16, or with `compile(regularizer=None)`."
             )
 
     def get_config(self):
@@ -268,6 +287,7 @@ def _gradients_of(objective):
 
     def evaluate(weights, state, sub_batch):
         (loss, (predictions, new_state)), gradients = value_and_grad(weights, state, sub_batch)
+        objective.note_gradients(gradients)
         return loss, gradients, predictions, new_state
 
     return evaluate
@@ -279,6 +299,7 @@ def _products_of(objective):
     def evaluate(weights, state, sub_batch):
         value, gradients, products = product_with_gradient(weights, None, state, sub_batch)
         loss, (predictions, new_state) = value
+        objective.note_gradients(gradients)
         squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
         squared_norm = keras.ops.cast(sum(squares), loss.dtype)
         return loss, gradients, products, squared_norm, predictions, new_state

@@ -481,6 +481,28 @@ def centred_loss(y_true, y_pred):
     return keras.ops.square(centred(y_true - y_pred))
 
 
+class Centred(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return centred_loss(y_true, y_pred)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "mse",
+        "MeanSquaredError",
+        keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        keras.losses.CosineSimilarity(),
+        keras.losses.Huber(delta=0.5, reduction="mean"),
+        keras.losses.BinaryFocalCrossentropy(apply_class_balancing=True),
+    ],
+    ids=lambda loss: getattr(loss, "name", loss),
+)
+def test_sub_batches_give_the_main_gradient_of_losses_of_single_examples(loss):
+    assert main_gradient_of(dense, loss)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -488,12 +510,42 @@ def centred_loss(y_true, y_pred):
         keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"),
         "dice",
         keras.losses.Tversky(),
+        keras.losses.Circle(),
+        keras.losses.SparseCategoricalCrossentropy(ignore_class=-1),
+        keras.losses.CosineSimilarity(axis=0),
+        keras.losses.BinaryCrossentropy(axis=0),
         centred_loss,
+        Centred(),
+        ["mse", keras.losses.SparseCategoricalCrossentropy(ignore_class=0)],
     ],
-    ids=["sum", "mean with sample weight", "dice", "tversky", "custom"],
-)
+    ids=[
+        "sum", "mean with sample weight", "dice", "tversky", "circle", "ignored class",
+        "cosine over the batch", "cross-entropy over the batch", "custom", "custom class",
+        "one of two",
+    ],
+)  # fmt: skip
 def test_full_batch_gives_the_main_gradient_where_the_loss_is_no_mean_over_examples(loss):
     assert not main_gradient_of(dense, loss)
+
+
+def test_unlabelled_examples_do_not_change_the_main_gradient(float64, rng):
+    """The step is plain Keras's where beta is 0, whatever sub-batches the labels fall in."""
+    x, y = rng.normal(size=(8, 5)), np.array([0, 1, -1, 2, -1, -1, -1, 1])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    weights = []
+    for base, kwargs in ((keras.Model, {}), (RegularizedModel, {"regularizer": zero_beta()})):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,))
+        model = base(inputs, dense(inputs))
+        model.compile(keras.optimizers.SGD(RATE), loss, **kwargs)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        weights.append(flat(model.get_weights()))
+    # One step, compiled twice: rounding of float64.
+    np.testing.assert_allclose(*weights, rtol=0, atol=1e-14)
+
+
+def zero_beta():
+    return SubBatchPerturbation(beta=0.0, num_sub_batches=2)
 
 
 def test_full_batch_gives_the_main_gradient_of_an_overridden_call():

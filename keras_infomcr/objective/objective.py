@@ -2,20 +2,17 @@
 
 Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` (the one list of
 all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss` with or without
-`training`), `_call_has_training_arg`, `_dtype_policy` (see `_true_float32`), `_loss_ids`.
+`training`), `_call_has_training_arg`, `_loss_ids`.
 """
 
 import contextlib
-import threading
 
 import keras
 
 from keras_infomcr import backend
+from keras_infomcr.objective.precision import true_float32
+from keras_infomcr.objective.weight_penalties import without_weight_penalties
 from keras_infomcr.sub_batches import SubBatches
-
-HALF_PRECISION = ("float16", "bfloat16")
-
-_here = threading.local()
 
 
 class Objective:
@@ -28,12 +25,23 @@ class Objective:
     It computes in float32 at least, whatever the dtype policy: the difference of two gradients
     at points as near as w and w - alpha g is lost in half precision.
 
+    A layer that assigns its own trainable weights when it is called (`SpectralNormalization`)
+    does so once in a training step, in the main pass. An evaluation is at the weights that it is
+    given, unless Keras's step drops such assignments, as it does on JAX: there they are a part of
+    what is computed from the weights.
+
     Args:
         model: A compiled `keras.Model`.
+
+    Attributes:
+        rewritten: Set of the paths of trainable weights that layers have assigned in evaluations.
+        unreached: Set of the numbers of the weights that an evaluation had no gradient by.
     """
 
     def __init__(self, model):
         self.model = model
+        self.rewritten = set()
+        self.unreached = set()
         # A training step changes them before the sub-batches, which start from the same, are seen.
         self._carried = [(v, keras.ops.copy(v)) for v in self._carried_variables()]
 
@@ -81,16 +89,21 @@ class Objective:
             *zip(model.non_trainable_variables, state[:num_variables]),
             *self._carried_states(rows),
         ]
-        scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
+        scope = _Scope(self.rewritten, model.trainable_variables, mapping)
         with (
-            _true_float32(model),
-            _weight_penalties_excluded(),
+            true_float32(model),
+            without_weight_penalties(model),
+            backend.without_rematerialization(),
             _loss_ids_forgotten(model),
             _random_state(state[num_variables:]),
             scope,
             backend.modules_at_variables(model),
         ):
             yield lambda x: backend.forward(model, x, **kwargs), scope
+
+    def note_gradients(self, gradients):
+        """Take in the gradients of an evaluation, `None` where there is none."""
+        self.unreached |= {k for k, gradient in enumerate(gradients) if gradient is None}
 
     def sub_batches(self, batch, count):
         """Return `count` nearly equal slices of a batch with their fractions of it."""
@@ -121,26 +134,34 @@ class Objective:
         return [(v, keras.ops.take(value, rows, axis=0)) for v, value in carried]
 
 
+class _Scope(keras.StatelessScope):
+    """The scope of an evaluation.
+
+    Args:
+        rewritten: Set that receives the paths of trainable weights that are assigned.
+        trainable: List of the trainable variables.
+        mapping: As for `keras.StatelessScope`.
+    """
+
+    def __init__(self, rewritten, trainable, mapping):
+        super().__init__(mapping, collect_losses=True)
+        self._rewritten = rewritten
+        self._trainable = {id(v) for v in trainable}
+
+    def add_update(self, update):
+        variable, _ = update
+        if id(variable) in self._trainable:
+            self._rewritten.add(variable.path)
+            if backend.step_keeps_assigned_weights():
+                return
+        super().add_update(update)
+
+
 def copied(sample_weight):
     """Return a copy of sample weights: on torch Keras's losses multiply masks into them."""
     return keras.tree.map_structure(
         lambda a: None if a is None else keras.ops.copy(a), sample_weight
     )
-
-
-def is_mean_over_examples(model):
-    """Return whether the compiled losses say that they are means over the examples of the batch.
-
-    Only then is L(B) = sum_i (b_i/B) L(B_i) for a model that maps each example by itself.
-    """
-    losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
-    reductions = {getattr(loss, "reduction", "sum_over_batch_size") for loss in losses}
-    return reductions <= {"sum_over_batch_size", "mean"}
-
-
-def weight_penalties_excluded():
-    """Say whether this thread is inside an evaluation that leaves weight penalties out."""
-    return getattr(_here, "without_penalties", False)
 
 
 @contextlib.contextmanager
@@ -151,16 +172,6 @@ def _random_state(state):
         yield
     finally:
         backend.set_random_state(before)
-
-
-@contextlib.contextmanager
-def _weight_penalties_excluded():
-    before = weight_penalties_excluded()
-    _here.without_penalties = True
-    try:
-        yield
-    finally:
-        _here.without_penalties = before
 
 
 @contextlib.contextmanager
@@ -179,45 +190,3 @@ def _loss_ids_forgotten(model):
 def _forget_loss_ids(model):
     for layer in model._flatten_layers():
         layer._loss_ids.clear()
-
-
-class _TrueFloat32(keras.DTypePolicy):
-    """Stands in for a half-precision policy: float32 in the threads that ask for it.
-
-    `MirroredStrategy` traces one thread a replica and may switch between them in mid-pass, so
-    that another thread can meet the stand-in: there it is the policy that it stands in for.
-    """
-
-    def __init__(self, policy, compute_dtype):
-        super().__init__(f"mixed_{compute_dtype}")
-        self.policy = policy
-        self.users = 0
-
-    @property
-    def compute_dtype(self):
-        return "float32" if getattr(_here, "float32", False) else self._compute_dtype
-
-
-@contextlib.contextmanager
-def _true_float32(model):
-    layers = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer._dtype_policy, _TrueFloat32)
-        or (layer.compute_dtype in HALF_PRECISION and layer.variable_dtype == "float32")
-    ]
-    for layer in layers:
-        if not isinstance(layer._dtype_policy, _TrueFloat32):
-            # Not by the public setter, which would write into a shared `DTypePolicyMap`.
-            layer._dtype_policy = _TrueFloat32(layer._dtype_policy, layer.compute_dtype)
-        layer._dtype_policy.users += 1
-    before = getattr(_here, "float32", False)
-    _here.float32 = True
-    try:
-        yield
-    finally:
-        _here.float32 = before
-        for layer in layers:
-            layer._dtype_policy.users -= 1
-            if not layer._dtype_policy.users:
-                layer._dtype_policy = layer._dtype_policy.policy

@@ -1,0 +1,73 @@
+"""TensorFlow: random numbers that an evaluation cannot be made to draw again."""
+
+import contextlib
+import re
+
+import tensorflow as tf
+
+# Operations that draw from hidden states of TensorFlow; Keras's own random layers use none.
+_DRAW = re.compile(
+    "Random(?!Dataset)|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|"
+    "SampleDistortedBoundingBox|NonDeterministicInts|RngReadAndSkip|RngSkip|"
+    "Stateful(Uniform|StandardNormal|TruncatedNormal|RandomBinomial)"
+)
+
+
+@contextlib.contextmanager
+def draws_refused():
+    """Raise an error if what is traced in this context draws random numbers by TensorFlow itself.
+
+    Two evaluations would draw different numbers. Nothing is traced where a model runs eagerly.
+    """
+    if tf.executing_eagerly():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    start = len(graph.get_operations())
+    yield
+    draws = _draws(graph, graph.get_operations()[start:])
+    if draws:
+        raise ValueError(
+            "Layers must draw random numbers by `keras.random`, with a `seed` that is a "
+            "`keras.random.SeedGenerator` made in their constructor: two evaluations of the loss "
+            "must see the same numbers. Received: layers that draw by operations of TensorFlow, "
+            f"{draws}. Change these layers, or train with `compile(regularizer=None)`."
+        )
+
+
+def _draws(graph, operations):
+    """Return the names of the operations that draw, by themselves or in functions they call."""
+    found = [op.name for op in operations if _is_draw(op.type, op.op_def.is_stateful)]
+    callers = {op.name: functions for op in operations if (functions := _functions(op))}
+    if callers:
+        library = {f.signature.name: f for f in graph.as_graph_def().library.function}
+        found += [name for name, called in callers.items() if _any_draws(called, library, set())]
+    return found
+
+
+def _any_draws(names, library, seen):
+    for name in set(names) & library.keys() - seen:
+        seen.add(name)
+        nodes = library[name].node_def
+        if any(_is_draw(node.op, True) for node in nodes):
+            return True
+        called = [f for node in nodes for a in node.attr.values() for f in _names(a)]
+        if _any_draws(called, library, seen):
+            return True
+    return False
+
+
+def _is_draw(kind, stateful):
+    return stateful and bool(_DRAW.match(kind)) and not kind.endswith("Grad")
+
+
+def _functions(operation):
+    """Return the names of the functions that an operation calls."""
+    attributes = [a for a in operation.op_def.attr if "func" in a.type]
+    if not attributes:
+        return []
+    return [name for a in operation.node_def.attr.values() for name in _names(a)]
+
+
+def _names(attribute):
+    return [f.name for f in (attribute.func, *attribute.list.func) if f.name]

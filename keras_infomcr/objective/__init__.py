@@ -1,0 +1,7 @@
+"""A Keras model as a pure function of its weights."""
+
+from keras_infomcr.objective.objective import Objective, copied
+from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales
+from keras_infomcr.objective.reductions import is_mean_over_examples
+
+__all__ = ["HALF_PRECISION", "Objective", "copied", "float8_scales", "is_mean_over_examples"]

@@ -1,0 +1,45 @@
+"""Evaluations in float32 whatever the dtype policy.
+
+Private name of Keras used here, unchanged from 3.10 to 3.15: `_dtype_policy` of a layer, since the
+public setter would write into a `DTypePolicyMap` that layers share, and would quantise.
+"""
+
+import copy
+
+from keras_infomcr.objective.stand_ins import StandIn, evaluating, standing_in
+
+HALF_PRECISION = ("float16", "bfloat16")
+
+
+def true_float32(model):
+    """Return a context in which layers of mixed precision compute in float32."""
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer._dtype_policy, _TrueFloat32)
+        or (layer.compute_dtype in HALF_PRECISION and layer.variable_dtype == "float32")
+    ]
+    return standing_in(layers, "_dtype_policy", _stand_in)
+
+
+def float8_scales(model):
+    """Return the paths of what layers quantised to float8 keep among their trainable weights.
+
+    Their "gradients" are their new values.
+    """
+    variables = model.trainable_variables
+    return [v.path for v in variables if getattr(v, "overwrite_with_gradient", False)]
+
+
+class _TrueFloat32(StandIn):
+    """Stands in for a half-precision policy, which it is in all else."""
+
+    @property
+    def compute_dtype(self):
+        return "float32" if evaluating() else self._compute_dtype
+
+
+def _stand_in(layer):
+    policy = copy.copy(layer.dtype_policy)
+    policy.__class__ = type(type(policy).__name__, (_TrueFloat32, type(policy)), {})
+    return policy

@@ -1,0 +1,246 @@
+"""Layers that assign weights, draw, compute again or are quantised, in the regularised step.
+
+The nets of `check` are compared with `Literal` of `test_fit_features.py`, whose module tells where
+its tolerances come from.
+"""
+
+import keras
+import numpy as np
+import pytest
+from frameworks import BACKEND, array, gradients, numpy, only_on, slices
+from test_fit_features import EAGER, X, Y, check, compiling, fitting
+
+from keras_infomcr import RegularizedModel, flatness
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+ALPHA, BETA, RATE = 0.05, 2.0, 1 / 8
+
+
+def rematerialized(base):
+    inputs = keras.Input((4,))
+    with keras.RematScope("full"):
+        hidden = keras.layers.Dense(5, "tanh")(inputs)
+        hidden = keras.layers.BatchNormalization()(hidden)
+    return base(inputs, keras.layers.Dense(2)(hidden))
+
+
+def rematerialized_by_example(base):
+    inputs = keras.Input((4,))
+    with keras.RematScope("full"):
+        return base(inputs, keras.layers.Dense(2)(keras.layers.Dense(5, "tanh")(inputs)))
+
+
+@only_on("tensorflow", "torch", reason="Keras on JAX cannot call such batch normalisation")
+@pytest.mark.usefixtures("float64")
+def test_layers_that_are_computed_again_in_the_backward_pass():
+    # Compiled by TensorFlow, Keras cannot train them.
+    check(rematerialized, fitting(), compiling(**EAGER))
+
+
+@pytest.mark.usefixtures("float64")
+def test_main_gradient_of_layers_that_are_computed_again_in_the_backward_pass():
+    check(rematerialized_by_example, fitting(), compiling(**EAGER), "auto")
+
+
+class ComputedAgain(keras.layers.Layer):
+    """As the documentation of `keras.remat` has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4, "tanh")
+        self.again = keras.remat(self.dense)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, inputs):
+        return self.again(inputs)
+
+
+@only_on("tensorflow", reason="elsewhere such functions see the weights of an evaluation")
+def test_functions_that_hide_weights_are_refused():
+    inputs = keras.Input((4,))
+    model = RegularizedModel(inputs, keras.layers.Dense(2)(ComputedAgain()(inputs)))
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"no gradient by \['computed_again/dense.*RematScope"):
+        model.fit(X, Y, verbose=0)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+def spectral(main_gradient):
+    """Return a model of one layer that assigns its kernel, and that layer; squared error."""
+    keras.utils.set_random_seed(1)
+    layer = keras.layers.SpectralNormalization(keras.layers.Dense(2, use_bias=False))
+    inputs = keras.Input((4,))
+    model = RegularizedModel(inputs, layer(inputs))
+    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main_gradient)
+    model.compile(keras.optimizers.SGD(RATE), "mse", regularizer=regularizer)
+    return model, layer
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_layer_that_assigns_its_weights_does_so_once_a_step():
+    """The pair starts from the weights and the state that the main pass has left."""
+    _, layer = spectral("full_batch")
+    twin, twin_layer = spectral("full_batch")
+    kernel, x, y = layer.layer.kernel, X.astype("float64"), Y.astype("float64")
+
+    def squared_error(rows):
+        # Keras's step keeps what the layer assigns but on JAX, where it is a part of the loss.
+        weights = kernel if BACKEND != "jax" else layer.normalized_weights()[1]
+        outputs = keras.ops.matmul(array(x[rows]), weights)
+        return keras.ops.mean((outputs - array(y[rows])) ** 2), None
+
+    def gradient(rows):
+        return numpy(gradients(lambda: squared_error(rows), [kernel])[2][0])
+
+    # What the main pass leaves, by plain Keras.
+    if BACKEND == "jax":
+        start = kernel.numpy()
+        everything = gradient(np.arange(len(x)))
+        layer.vector_u.assign(layer.normalized_weights()[0])
+    else:
+        layer(x, training=True)
+        start = kernel.numpy()
+        everything = gradient(np.arange(len(x)))
+    contribution = 0.0
+    for rows in slices(len(x), 2):
+        here = gradient(rows)
+        kernel.assign(start - ALPHA * here)
+        there = gradient(rows)
+        kernel.assign(start)
+        contribution = contribution + len(rows) / len(x) * (here - there)
+    expected = start - RATE * (everything + BETA * contribution)
+
+    twin.fit(x, y, batch_size=len(x), shuffle=False, verbose=0)
+    # Exact but for rounding: numbers of order one, a hundred operations on each at most.
+    assert np.abs(RATE * BETA * contribution).max() > 1e-3
+    np.testing.assert_allclose(numpy(twin_layer.layer.kernel), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        numpy(twin_layer.vector_u), numpy(layer.vector_u), rtol=0, atol=1e-12
+    )
+
+
+def test_sub_batches_of_a_layer_that_assigns_its_weights_are_refused():
+    model, _ = spectral("sub_batches")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"must see whole batches.*kernel.*full_batch"):
+        model.fit(X, Y, verbose=0)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+class Noise(keras.layers.Layer):
+    """Draws by TensorFlow: directly, in a branch, in a function or from a generator."""
+
+    def __init__(self, way):
+        super().__init__(name="noise")
+        self.way = way
+
+    def call(self, inputs):
+        import tensorflow as tf
+
+        shape = tf.shape(inputs)
+        if self.way == "branch":
+            return tf.cond(
+                tf.reduce_sum(inputs) < 1e9,
+                lambda: inputs + tf.random.uniform(shape),
+                lambda: inputs,
+            )
+        if self.way == "function":
+            return tf.function(lambda a: a + tf.random.truncated_normal(shape))(inputs)
+        if self.way == "generator":
+            return inputs + tf.random.get_global_generator().normal(shape)
+        return inputs + tf.random.normal(shape)
+
+
+def noisy(way):
+    inputs = keras.Input((4,))
+    model = RegularizedModel(inputs, keras.layers.Dense(2)(Noise(way)(inputs)))
+    model.compile("sgd", "mse")
+    return model
+
+
+@only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@pytest.mark.parametrize("way", ["direct", "branch", "function", "generator"])
+def test_layers_that_draw_by_tensorflow_are_refused(way):
+    model = noisy(way)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"keras.random.*SeedGenerator.*/noise"):
+        model.fit(X, Y, verbose=0)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    model.compile("sgd", "mse", regularizer=None)
+    model.fit(X, Y, verbose=0)
+
+
+@only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@pytest.mark.parametrize(
+    "measure",
+    [
+        flatness.hessian_trace,
+        flatness.local_energy,
+        lambda *data: flatness.gamma_hat(*data, num_examples=2, num_trials=1),
+    ],
+    ids=["hessian_trace", "local_energy", "gamma_hat"],
+)
+def test_layers_that_draw_by_tensorflow_are_not_measured(measure):
+    with pytest.raises(ValueError, match=r"keras.random.*SeedGenerator.*/noise"):
+        measure(noisy("direct"), X, Y)
+
+
+def quantized(policy):
+    """Return a classifier of a frozen int8 layer between two others; logits."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(8, "gelu"), keras.layers.Dense(8, "gelu"), keras.layers.Dense(3)]
+    model = RegularizedModel.from_model(keras.Sequential([keras.Input((4,)), *layers]))
+    layers[1].quantize("int8")
+    for layer in layers:
+        layer.dtype_policy = f"int8_from_{policy}" if layer is layers[1] else policy
+    layers[1].trainable = False
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(
+        keras.optimizers.SGD(RATE), loss, regularizer=SubBatchPerturbation(ALPHA, BETA, 2)
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda *data: flatness.gamma_hat(*data, num_examples=5, num_trials=4, seed=0),
+        lambda *data: flatness.hessian_trace(*data, seed=0),
+    ],
+    ids=["gamma_hat", "hessian_trace"],
+)
+def test_quantized_layers_stay_quantized_in_float32(rng, measure):
+    """The model of half precision, evaluated in float32, is the model of float32.
+
+    Both compute the same: rounding of float32, times the condition of ln|G|.
+    """
+    x, y = rng.normal(size=(20, 4)).astype("float32"), rng.integers(3, size=20)
+    half, full = (measure(quantized(policy), x, y) for policy in ("mixed_bfloat16", "float32"))
+    np.testing.assert_allclose(half.value, full.value, rtol=1e-4)
+
+
+def test_contribution_of_quantized_layers_is_that_of_float32(rng):
+    x, y = rng.normal(size=(20, 4)).astype("float32"), rng.integers(3, size=20)
+    values = []
+    for policy in ("mixed_bfloat16", "float32"):
+        history = quantized(policy).fit(x, y, batch_size=20, verbose=0).history
+        values.append(history["infomcr_reg"][0])
+    np.testing.assert_allclose(*values, rtol=1e-4)
+
+
+def test_float8_layers_are_refused(rng):
+    inputs = keras.Input((4,))
+    model = RegularizedModel(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(inputs)))
+    for layer in model.layers[1:]:
+        layer.quantize("float8")
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"must not be quantised to float8.*inputs_scale"):
+        model.fit(X, Y, verbose=0)
+    with pytest.raises(ValueError, match=r"must not be quantised to float8.*inputs_scale"):
+        flatness.hessian_trace(model, X, Y)

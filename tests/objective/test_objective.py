@@ -1,0 +1,76 @@
+"""A model as a function of its weights."""
+
+import keras
+import numpy as np
+import pytest
+from frameworks import array, numpy
+
+from keras_infomcr import RegularizedModel
+from keras_infomcr.objective import Objective
+from keras_infomcr.sub_batches import Batch
+
+
+class Penalized(keras.layers.Layer):
+    """A layer with a penalty on a weight of its own, and a loss that it adds."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", regularizer="l2")
+
+    def call(self, inputs):
+        self.add_loss(keras.ops.mean(keras.ops.ones_like(inputs)) / 4)
+        return self.scale * inputs
+
+
+def outputs_of(inputs):
+    dense = keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(100.0))
+    return dense(Penalized()(inputs))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.scale = Penalized()
+        self.dense = keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(100.0))
+
+    def call(self, inputs):
+        return self.dense(self.scale(inputs))
+
+
+def functional(base):
+    inputs = keras.Input((4,))
+    return base(inputs, outputs_of(inputs))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: functional(keras.Model),
+        lambda: functional(RegularizedModel),
+        lambda: keras.Sequential([keras.Input((4,)), functional(keras.Model)]),
+        Subclassed,
+        lambda: RegularizedModel.from_model(Subclassed()),
+    ],
+    ids=["keras.Model", "RegularizedModel", "nested", "subclassed", "wrapped"],
+)
+def test_weight_penalties_are_no_part_of_the_objective(rng, build):
+    """L2(100) would add some 100 to a mean squared error of order one."""
+    model = build()
+    x, y = rng.normal(size=(6, 4)).astype("float32"), rng.normal(size=(6, 3)).astype("float32")
+    model.compile("sgd", "mse")
+    predictions = model.predict(x, verbose=0)
+    objective = Objective(model)
+    loss, _ = objective(objective.weights(), objective.state(), Batch(array(x), array(y)))
+    # What the layer adds is a part of it. Rounding of float32, of a mean of 18 terms.
+    np.testing.assert_allclose(numpy(loss), np.mean((predictions - y) ** 2) + 0.25, rtol=1e-5)
+    penalties = [float(numpy(v.regularizer(v))) for v in model.trainable_variables if v.regularizer]
+    assert sum(penalties) > 10
+
+
+def test_weight_penalties_are_left_as_they_were(rng):
+    model = functional(keras.Model)
+    model.compile("sgd", "mse")
+    before = [v.regularizer for v in model.trainable_variables]
+    objective = Objective(model)
+    batch = Batch(array(rng.normal(size=(6, 4)), "float32"), array(rng.normal(size=(6, 3))))
+    objective(objective.weights(), objective.state(), batch)
+    assert all(v.regularizer is r for v, r in zip(model.trainable_variables, before))
