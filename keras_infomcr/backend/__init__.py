@@ -38,8 +38,9 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
   hold their tensors themselves, use the present values of the variables and keep their state.
 * `without_rematerialization()`: a context in which `keras.RematScope` and `keras.remat` do nothing,
   where the framework computes anew in a backward pass that has left the scope of the evaluation.
-* `step_keeps_assigned_weights()`: whether Keras's training step keeps what a layer assigns to its
-  trainable weights when it is called.
+* `assigns_in_place()`: whether what a layer assigns when it is called takes effect at once, so that
+  no gradient goes through it. Else it is a part of what is differentiated, and what is assigned to
+  trainable weights is dropped by Keras's training step.
 * `add(gradient, term)`: a gradient of `main_pass` and a dense array, added.
 * `apply(optimizer, gradients, variables)`: the optimizer's step.
 * `train_step(step, model, *args)`: what Keras's `train_step(*args)` returns, of a function
@@ -91,6 +92,7 @@ add = _module.add
 after = _module.after
 agree_on_overflow = _module.agree_on_overflow
 apply = _module.apply
+assigns_in_place = _module.assigns_in_place
 attach_state = _module.attach_state
 batch_size = _module.batch_size
 compiled = _module.compiled
@@ -120,7 +122,6 @@ random_state = _module.random_state
 reducible = _module.reducible
 set_random_state = _module.set_random_state
 slice_rows = _module.slice_rows
-step_keeps_assigned_weights = _module.step_keeps_assigned_weights
 traced_once = _module.traced_once
 train_step = _module.train_step
 value_and_grad = _module.value_and_grad

@@ -221,8 +221,8 @@ def without_rematerialization():
     return contextlib.nullcontext()
 
 
-def step_keeps_assigned_weights():
-    """Return `False`: Keras's step returns the updates of the other variables alone."""
+def assigns_in_place():
+    """Return `False`: Keras's step is a function that returns what has been assigned."""
     return False
 
 

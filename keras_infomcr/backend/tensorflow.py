@@ -263,8 +263,8 @@ def without_rematerialization():
     return _replaced(tf, "recompute_grad", lambda _: lambda function: function)
 
 
-def step_keeps_assigned_weights():
-    """Return `True`: assignments take effect at once."""
+def assigns_in_place():
+    """Return `True`: there is one value of each variable at a time."""
     return True
 
 

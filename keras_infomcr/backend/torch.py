@@ -223,8 +223,8 @@ def without_rematerialization():
         torch.utils.checkpoint.checkpoint = checkpoint
 
 
-def step_keeps_assigned_weights():
-    """Return `True`: assignments take effect at once."""
+def assigns_in_place():
+    """Return `True`: there is one value of each variable at a time."""
     return True
 
 

@@ -25,10 +25,10 @@ class Objective:
     It computes in float32 at least, whatever the dtype policy: the difference of two gradients
     at points as near as w and w - alpha g is lost in half precision.
 
-    A layer that assigns its own trainable weights when it is called (`SpectralNormalization`)
-    does so once in a training step, in the main pass. An evaluation is at the weights that it is
-    given, unless Keras's step drops such assignments, as it does on JAX: there they are a part of
-    what is computed from the weights.
+    What a layer assigns when it is called is what Keras's training step takes it for. On TensorFlow
+    and torch no gradient goes through it, and trainable weights (of `SpectralNormalization`) are
+    assigned once in a step, in the main pass: an evaluation is at the weights that it is given. On
+    JAX assignments are a part of what is computed from the weights.
 
     Args:
         model: A compiled `keras.Model`.
@@ -149,12 +149,13 @@ class _Scope(keras.StatelessScope):
         self._trainable = {id(v) for v in trainable}
 
     def add_update(self, update):
-        variable, _ = update
+        variable, value = update
         if id(variable) in self._trainable:
             self._rewritten.add(variable.path)
-            if backend.step_keeps_assigned_weights():
-                return
-        super().add_update(update)
+        if not backend.assigns_in_place():
+            super().add_update(update)
+        elif id(variable) not in self._trainable:
+            super().add_update((variable, keras.ops.stop_gradient(value)))
 
 
 def copied(sample_weight):

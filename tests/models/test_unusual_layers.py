@@ -132,6 +132,33 @@ def test_sub_batches_of_a_layer_that_assigns_its_weights_are_refused():
         np.testing.assert_array_equal(old, new)
 
 
+class Centring(keras.layers.Layer):
+    """Assigns variables when it is called, and gives what depends on them."""
+
+    def build(self, shape):
+        self.centre = self.add_weight(shape=shape[1:], initializer="ones", trainable=False)
+        self.calls = self.add_weight(shape=(), initializer="zeros", dtype="int32", trainable=False)
+
+    def call(self, inputs, training=False):
+        if training:
+            mean = keras.ops.mean(inputs, axis=0)
+            self.centre.assign((self.centre + mean) / 2)
+            self.calls.assign(self.calls + 1)
+        return inputs - self.centre
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_layer_that_assigns_its_state_does_so_once_a_step():
+    def build(base):
+        inputs = keras.Input((4,))
+        hidden = Centring()(keras.layers.Dense(5, "tanh")(inputs))
+        return base(inputs, keras.layers.Dense(2)(hidden))
+
+    model = check(build, fitting(), compiling(**EAGER))
+    # Two calls of `fit`, two batches each.
+    assert numpy(model.layers[2].calls) == 4
+
+
 class Noise(keras.layers.Layer):
     """Draws by TensorFlow: directly, in a branch, in a function or from a generator."""
 
