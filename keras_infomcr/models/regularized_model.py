@@ -182,7 +182,7 @@ class RegularizedModel(keras.Model):
         return self.predict_function
 
     def train_step(self, *args):
-        if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
+        if not self._acts_on(args[-1]):
             return super().train_step(*args)
 
         def step(data):
@@ -200,7 +200,11 @@ class RegularizedModel(keras.Model):
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
     def save(self, filepath, *args, **kwargs):
-        """Save the model, as `keras.Model.save`; of several processes only the chief writes."""
+        """Save the model, as `keras.Model.save`; of several processes only the chief writes.
+
+        A `.keras` file keeps the regulariser and the gate; one of the old `.h5` form does not, and
+        the loaded model must be compiled again before it can train, as any of Keras must.
+        """
         with file_of_chief(self, filepath) as path:
             super().save(path, *args, **kwargs)
 
@@ -209,8 +213,13 @@ class RegularizedModel(keras.Model):
         with file_of_chief(self, filepath) as path:
             super().save_weights(path, *args, **kwargs)
 
-    def _is_trainable(self):
-        return bool(self.trainable_variables) or not self.built
+    def _acts_on(self, data):
+        if self._regularizer is None or not self.regularizer_active:
+            return False
+        if self.built and not self.trainable_variables:
+            return False
+        size = backend.batch_size(data)
+        return not isinstance(size, int) or size > 0
 
     def fit(
         self,
@@ -267,6 +276,12 @@ class RegularizedModel(keras.Model):
 @keras.saving.register_keras_serializable("keras_infomcr")
 class RegularizedFunctional(RegularizedModel, Functional):
     """What `RegularizedModel(inputs, outputs)` makes, so that Keras rewrites no class's bases."""
+
+
+# A file of the old `.h5` form names the class of a model without its package.
+keras.saving.get_custom_objects().update(
+    {cls.__name__: cls for cls in (RegularizedModel, RegularizedFunctional)}
+)
 
 
 def _is_functional(args, kwargs):

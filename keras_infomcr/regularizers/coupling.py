@@ -7,7 +7,7 @@ loss keeps all arguments of its function.
 import keras
 from keras import layers, losses
 
-from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
+from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples, losses_of
 
 # Layers that map each example by itself, draw no random numbers and make no masks.
 _BY_EXAMPLE = (
@@ -44,7 +44,7 @@ def couples_no_examples(model):
     Known are Functional models of listed Keras layers with listed losses of Keras. Random layers
     are left out: slices would see other masks than the full batch does.
     """
-    compiled_losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
+    compiled_losses = losses_of(model)
     return (
         type(model).compute_loss is keras.Model.compute_loss
         and is_mean_over_examples(model)
