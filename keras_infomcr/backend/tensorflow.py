@@ -297,12 +297,12 @@ def _as_tensor(array):
     return array if array is None or composite else tf.convert_to_tensor(array)
 
 
-def passed_with_metrics(variables):
+def passed_with_metrics(model, variables):
     """Return none: a compiled step reads and assigns any variable."""
     return []
 
 
-def making_train_function(model):
+def making_function(model, name):
     """Do nothing: each train function is compiled by itself, and variables keep their values."""
     return contextlib.nullcontext()
 

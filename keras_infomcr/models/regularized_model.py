@@ -165,14 +165,24 @@ class RegularizedModel(keras.Model):
     def make_train_function(self, force=False):
         if force:
             self._other_train_function = None
-        with backend.making_train_function(self):
-            return super().make_train_function(force)
+        before = self.train_function
+        with backend.making_function(self, "train"):
+            super().make_train_function(force)
+        if self.train_function is not before:
+            self.train_function = self._awaiting(self.train_function)
+        return self.train_function
+
+    def _awaiting(self, train_function):
+        def function(*args):
+            if self._regularizer is not None and self.regularizer_active:
+                self._monitor.awaited = True
+            return train_function(*args)
+
+        return function
 
     def make_test_function(self, force=False):
-        before = self.test_function
-        super().make_test_function(force)
-        if self.test_function is not before:
-            self.test_function = backend.marked_as_step(self, self.test_function)
+        with backend.making_function(self, "test"):
+            return super().make_test_function(force)
 
     def make_predict_function(self, force=False):
         before = self.predict_function
@@ -239,11 +249,14 @@ class RegularizedModel(keras.Model):
 
     @property
     def metrics_variables(self):
-        variables = super().metrics_variables
+        ours = backend.passed_with_metrics(self, self._variables_in_step())
+        return [*super().metrics_variables, *ours]
+
+    def _variables_in_step(self):
+        """Return the variables, apart from Keras's own, that a training step reads and assigns."""
         if self._regularizer is None:
-            return variables
-        ours = [*self._monitor.variables, self._regularizer.strength]
-        return [*variables, *backend.passed_with_metrics(ours)]
+            return []
+        return [*self._monitor.variables, self._regularizer.strength]
 
     def get_compile_config(self):
         config = super().get_compile_config()

@@ -86,8 +86,9 @@ def _is_graph_of_known_layers(model):
     """Return whether all operations of a model, nested ones included, are known."""
     if not _is_of_keras(type(model).call):
         return False
-    operations = model.layers if isinstance(model, keras.Sequential) else model.operations
-    return all(map(_is_known, operations))
+    if isinstance(model, keras.Sequential):
+        return all(map(_is_known, model.layers))
+    return hasattr(model, "operations") and all(map(_is_known, model.operations))
 
 
 def _is_known(operation):
