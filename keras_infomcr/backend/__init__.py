@@ -45,16 +45,16 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
 * `apply(optimizer, gradients, variables)`: the optimizer's step.
 * `train_step(step, model, *args)`: what Keras's `train_step(*args)` returns, of a function
   `step(data) -> logs` that reads and assigns variables.
-* `passed_with_metrics(variables)`: those that reach a step only beside the model's metrics.
-* `making_train_function(model)`: a context in which Keras makes a train function that shares
-  nothing compiled with those that it made before, and that loses no variable if it fails.
+* `passed_with_metrics(model, variables)`: those that reach a step only beside the model's metrics.
+* `making_function(model, name)`: a context in which Keras makes the function of the name `"train"`
+  or `"test"`, within which `attach_state` does nothing. It shares nothing compiled with those made
+  before, shows a user's step no variables but Keras's, and loses none if a training step fails.
 * `batch_size(batch)`: an integer, or a scalar array where it is not known while tracing.
 * `slice_rows(array, start, length)`: rows of a dense, ragged or sparse array.
 * `random_state()`, `set_random_state(state)`: what unseeded random layers draw from, as a list of
   arrays; empty where the framework has no such state.
 * `attach_state(model)`: let a model that is in `fit` hold the present values of its variables.
-* `marked_as_step(model, function)`: a train, test or predict function, within which `attach_state`
-  does nothing.
+* `marked_as_step(model, function)`: a predict function, within which `attach_state` does nothing.
 * `widest_float()`: the name of the widest float type.
 * `num_replicas(model)`: how many replicas share a batch of the model.
 * `num_parallel_steps(model)`: how many steps run side by side on shares of a batch, each on its
@@ -108,7 +108,7 @@ jacobian = _module.jacobian
 looped = _module.looped
 low_precision_products = _module.low_precision_products
 main_pass = _module.main_pass
-making_train_function = _module.making_train_function
+making_function = _module.making_function
 marked_as_step = _module.marked_as_step
 mean_over_steps = _module.mean_over_steps
 modules_at_variables = _module.modules_at_variables

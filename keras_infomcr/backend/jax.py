@@ -242,38 +242,70 @@ def apply(optimizer, gradients, variables):
 
 def train_step(step, model, state, data):
     """Return the logs and the new state: of Keras's four lists of variables, in its order."""
-    lists = _lists(model)
+    lists, hidden = _lists(model), _hidden(model)
     mapping = [pair for variables, values in zip(lists, state) for pair in zip(variables, values)]
-    with keras.StatelessScope(state_mapping=mapping) as scope:
+    with keras.StatelessScope(state_mapping=[*mapping, *hidden]) as scope:
         logs = step(data)
+    _set_hidden(model, [(v, scope.get_current_value(v)) for v, _ in hidden])
     return logs, tuple([scope.get_current_value(v) for v in variables] for variables in lists)
 
 
-def passed_with_metrics(variables):
-    """Return all: a compiled step reads and assigns only what is passed to it."""
-    return variables
+def passed_with_metrics(model, variables):
+    """Return all, or none in a step, which gets them unseen: see `_hiding`."""
+    return [] if _hidden(model) else variables
 
 
 @contextlib.contextmanager
-def making_train_function(model):
-    """Have the step compiled apart from others, and the state kept if it fails."""
-    train_step, own = model.train_step, model.__dict__.get("train_step")
-    before = model.train_function
-    # JAX compiles equal functions once: let this be equal to no other.
-    object.__setattr__(model, "train_step", lambda *args: train_step(*args))
+def making_function(model, name):
+    """Have the step get our variables, be compiled apart from others, and keep the state."""
+    step, function = f"{name}_step", f"{name}_function"
+    own, before = model.__dict__.get(step), getattr(model, function)
+    object.__setattr__(model, step, _hiding(model, getattr(model, step)))
     try:
         yield
     finally:
-        object.__delattr__(model, "train_step")
+        object.__delattr__(model, step)
         if own is not None:
-            object.__setattr__(model, "train_step", own)
-    if model.train_function is not before:
-        model.train_function = _keeping_state(model, model.train_function)
+            object.__setattr__(model, step, own)
+    if getattr(model, function) is not before:
+        made = marked_as_step(model, getattr(model, function))
+        setattr(model, function, _keeping_state(model, made) if name == "train" else made)
 
 
-def _keeping_state(model, train_function):
+def _hiding(model, step):
+    """Return a step that passes what the regulariser reads and assigns, unseen by a user's step.
+
+    A compiled step knows only the variables in its state, and a user's own step counts those of
+    the metrics. So ours stand behind these in the state, and are taken off before the user's step.
+    JAX compiles equal functions once: this one is equal to no other.
+    """
+
+    def hiding(state, data):
+        *lists, metrics = state
+        ours = model._variables_in_step()
+        count = len(metrics) - len(ours)
+        _set_hidden(model, zip(ours, metrics[count:]))
+        try:
+            logs, (*lists, seen) = step((*lists, metrics[:count]), data)
+            hidden = [value for _, value in _hidden(model)]
+        finally:
+            _set_hidden(model, [])
+        return logs, (*lists, [*seen, *metrics[len(seen) : count], *hidden])
+
+    return hiding
+
+
+def _hidden(model):
+    """Return the variables that the present step gets unseen, with their values."""
+    return model.__dict__.get("_hidden_in_step", [])
+
+
+def _set_hidden(model, variables_and_values):
+    object.__setattr__(model, "_hidden_in_step", list(variables_and_values))
+
+
+def _keeping_state(model, step):
     """Give the variables back the values that `fit` has taken from them, should a step fail."""
-    step = marked_as_step(model, train_function)
 
     def function(state, iterator):
         try:

@@ -26,7 +26,7 @@ def value_and_grad(function):
                 with draws_refused():
                     value, auxiliary = function(weights, *args)
             gradients = tape.gradient(value, weights)
-        return (value, auxiliary), [None if g is None else _dense(g) for g in gradients]
+        return (value, auxiliary), _dense(gradients, weights)
 
     return differentiated
 
@@ -45,7 +45,7 @@ def hessian_vector_product(function):
                     if g is not None:
                         slope += tf.cast(tf.reduce_sum(g * tf.stop_gradient(v)), slope.dtype)
             products = tape.gradient(slope, weights)
-        return value, gradients, [None if p is None else _dense(p) for p in products]
+        return value, gradients, _dense(products, weights)
 
     return product
 
@@ -63,7 +63,7 @@ def hessian_vector_products(function, compiled=True):
                         value = function(weights, *args)
                 gradients = inner.gradient(value, weights)
                 known = [k for k, g in enumerate(gradients) if g is not None]
-                gradients = [_dense(gradients[k]) for k in known]
+                gradients = [_dense(gradients, weights)[k] for k in known]
 
             def product(vector):
                 return _gradients(tape, gradients, weights, [vector[k] for k in known])
@@ -226,7 +226,7 @@ def jacobian(function, coupled, compiled=True):
 def _gradients(tape, value, weights, selector=None):
     zero = tf.UnconnectedGradients.ZERO
     gradients = tape.gradient(value, weights, selector, unconnected_gradients=zero)
-    return [_dense(g) for g in gradients]
+    return _dense(gradients, weights)
 
 
 def _specs(weights):
@@ -297,12 +297,12 @@ def _as_tensor(array):
     return array if array is None or composite else tf.convert_to_tensor(array)
 
 
-def passed_with_metrics(variables):
+def passed_with_metrics(model, variables):
     """Return none: a compiled step reads and assigns any variable."""
     return []
 
 
-def making_train_function(model):
+def making_function(model, name):
     """Do nothing: each train function is compiled by itself, and variables keep their values."""
     return contextlib.nullcontext()
 
@@ -435,5 +435,9 @@ def low_precision_products():
     return any(d.get("compute_capability", (0, 0)) >= (8, 0) for d in details)
 
 
-def _dense(gradient):
-    return tf.convert_to_tensor(gradient)
+def _dense(gradients, weights):
+    """Return gradients as tensors of the weights' shapes, which tracing may have lost."""
+    return [
+        None if g is None else tf.ensure_shape(tf.convert_to_tensor(g), w.shape)
+        for g, w in zip(gradients, weights)
+    ]

@@ -32,9 +32,7 @@ def hessian_vector_product(function):
 
     @torch.compiler.disable  # compiled functions have no second derivative
     def product(weights, vector, *args):
-        # The fused kernels of attention have no second derivative.
-        attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        with _true_float32(), torch.enable_grad(), attention:
+        with _true_float32(), torch.enable_grad(), _twice_differentiable():
             weights = _leaves(weights)
             value, auxiliary = function(weights, *args)
             gradients = _gradients(value, weights, create_graph=True)
@@ -52,8 +50,7 @@ def hessian_vector_products(function, compiled=True):
     """Return `f(weights, vectors, *args) -> products`."""
 
     def products(weights, vectors, *args):
-        attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        with _true_float32(), torch.enable_grad(), attention:
+        with _true_float32(), torch.enable_grad(), _twice_differentiable():
             weights = _leaves(weights)
             gradients = _gradients(function(weights, *args), weights, create_graph=True)
             # Those that depend on a weight.
@@ -68,6 +65,30 @@ def hessian_vector_products(function, compiled=True):
         return [None if p[0] is None else torch.stack(p) for p in zip(*found)]
 
     return products
+
+
+@contextlib.contextmanager
+def _twice_differentiable():
+    """Let torch use operations that have second derivatives."""
+    # The fused kernels of attention have none.
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with attention, _ShiftAfterLayerNorm():
+        yield
+
+
+class _ShiftAfterLayerNorm(torch.overrides.TorchFunctionMode):
+    """Add the shift of a layer normalisation without scale last: fused in, it fails in torch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.layer_norm:
+            return self._layer_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        shift_last = weight is None and bias is not None
+        fused = None if shift_last else bias
+        output = torch.nn.functional.layer_norm(input, normalized_shape, weight, fused, eps)
+        return output + bias if shift_last else output
 
 
 def compiled(function):
@@ -251,12 +272,12 @@ def _as_tensor(array):
     return None if array is None else keras.ops.convert_to_tensor(array)
 
 
-def passed_with_metrics(variables):
+def passed_with_metrics(model, variables):
     """Return none: a step reads and assigns any variable."""
     return []
 
 
-def making_train_function(model):
+def making_function(model, name):
     """Do nothing: each train function is compiled by itself, and variables keep their values."""
     return contextlib.nullcontext()
 

@@ -16,6 +16,7 @@ from keras_infomcr import backend
 from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.replaced import replaced
 from keras_infomcr.layers.logit_normalization import normalize_logits
+from keras_infomcr.objective import losses_of
 
 _ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
 
@@ -66,7 +67,7 @@ def kind_of_loss(model, outputs):
     The kind is `"categorical"` for softmax cross-entropy, `"binary"` for sigmoid cross-entropy of
     one output, or `None`.
     """
-    losses = keras.tree.flatten(model.loss)
+    losses = losses_of(model)
     single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
     loss = keras.losses.get(losses[0]) if single else None
     name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()

@@ -16,12 +16,16 @@ class RegularizerMonitor:
 
     Args:
         num_sub_batches: Integer, into how many sub-batches a batch should be cut.
+
+    Attributes:
+        awaited: Boolean, whether a step of the epoch was taken with the gate open.
     """
 
     def __init__(self, num_sub_batches):
         self.num_sub_batches = num_sub_batches
         self.mean = keras.metrics.Mean(name="infomcr_reg")
         self.full_batches = keras.metrics.Sum(name="full_batches")
+        self.awaited = False
         self._warned = set()
 
     def update(self, value, batch_size, num_parallel_steps):
@@ -44,12 +48,20 @@ class RegularizerMonitor:
 
     def reset(self):
         """Begin an epoch."""
+        self.awaited = False
         self.mean.reset_state()
         self.full_batches.reset_state()
 
     def result(self):
         """Return the mean since the epoch began, NaN if the regulariser never acted."""
         if not to_float(self.mean.count):
+            if self.awaited:
+                self._warn_once(
+                    "The regulariser did not act although `regularizer_active=True`: the model "
+                    "has no trainable weights, or its `train_step` did not call that of "
+                    "`RegularizedModel`. Call `super().train_step`, or compile with "
+                    "`regularizer=None`."
+                )
             return math.nan
         if not to_float(self.full_batches.result()):
             self._warn_once(
@@ -65,15 +77,6 @@ class RegularizerMonitor:
                 "rate, `alpha` or `beta`."
             )
         return value
-
-    def explain_inaction(self):
-        """Warn that the regulariser should have acted and did not."""
-        if not to_float(self.mean.count):
-            self._warn_once(
-                "The regulariser did not act although `regularizer_active=True`: the model's "
-                "`train_step` did not call that of `RegularizedModel`, or has no trainable "
-                "weights. Call `super().train_step(data)`, or compile with `regularizer=None`."
-            )
 
     def _warn_once(self, message):
         if message not in self._warned:
@@ -94,11 +97,8 @@ class LogRegularizer(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.monitor.reset()
-        self._expected = self.model.regularizer_active
 
     def on_epoch_end(self, epoch, logs=None):
         value = self.monitor.result()
-        if math.isnan(value) and self._expected and self.model.regularizer_active:
-            self.monitor.explain_inaction()
         if logs is not None:
             logs["infomcr_reg"] = value

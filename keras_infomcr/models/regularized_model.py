@@ -165,14 +165,24 @@ class RegularizedModel(keras.Model):
     def make_train_function(self, force=False):
         if force:
             self._other_train_function = None
-        with backend.making_train_function(self):
-            return super().make_train_function(force)
+        before = self.train_function
+        with backend.making_function(self, "train"):
+            super().make_train_function(force)
+        if self.train_function is not before:
+            self.train_function = self._awaiting(self.train_function)
+        return self.train_function
+
+    def _awaiting(self, train_function):
+        def function(*args):
+            if self._regularizer is not None and self.regularizer_active:
+                self._monitor.awaited = True
+            return train_function(*args)
+
+        return function
 
     def make_test_function(self, force=False):
-        before = self.test_function
-        super().make_test_function(force)
-        if self.test_function is not before:
-            self.test_function = backend.marked_as_step(self, self.test_function)
+        with backend.making_function(self, "test"):
+            return super().make_test_function(force)
 
     def make_predict_function(self, force=False):
         before = self.predict_function
@@ -182,7 +192,7 @@ class RegularizedModel(keras.Model):
         return self.predict_function
 
     def train_step(self, *args):
-        if self._regularizer is None or not self.regularizer_active or not self._is_trainable():
+        if not self._acts_on(args[-1]):
             return super().train_step(*args)
 
         def step(data):
@@ -200,7 +210,11 @@ class RegularizedModel(keras.Model):
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
     def save(self, filepath, *args, **kwargs):
-        """Save the model, as `keras.Model.save`; of several processes only the chief writes."""
+        """Save the model, as `keras.Model.save`; of several processes only the chief writes.
+
+        A `.keras` file keeps the regulariser and the gate; one of the old `.h5` form does not, and
+        the loaded model must be compiled again before it can train, as any of Keras must.
+        """
         with file_of_chief(self, filepath) as path:
             super().save(path, *args, **kwargs)
 
@@ -209,8 +223,13 @@ class RegularizedModel(keras.Model):
         with file_of_chief(self, filepath) as path:
             super().save_weights(path, *args, **kwargs)
 
-    def _is_trainable(self):
-        return bool(self.trainable_variables) or not self.built
+    def _acts_on(self, data):
+        if self._regularizer is None or not self.regularizer_active:
+            return False
+        if self.built and not self.trainable_variables:
+            return False
+        size = backend.batch_size(data)
+        return not isinstance(size, int) or size > 0
 
     def fit(
         self,
@@ -230,11 +249,14 @@ class RegularizedModel(keras.Model):
 
     @property
     def metrics_variables(self):
-        variables = super().metrics_variables
+        ours = backend.passed_with_metrics(self, self._variables_in_step())
+        return [*super().metrics_variables, *ours]
+
+    def _variables_in_step(self):
+        """Return the variables, apart from Keras's own, that a training step reads and assigns."""
         if self._regularizer is None:
-            return variables
-        ours = [*self._monitor.variables, self._regularizer.strength]
-        return [*variables, *backend.passed_with_metrics(ours)]
+            return []
+        return [*self._monitor.variables, self._regularizer.strength]
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -267,6 +289,12 @@ class RegularizedModel(keras.Model):
 @keras.saving.register_keras_serializable("keras_infomcr")
 class RegularizedFunctional(RegularizedModel, Functional):
     """What `RegularizedModel(inputs, outputs)` makes, so that Keras rewrites no class's bases."""
+
+
+# A file of the old `.h5` form names the class of a model without its package.
+keras.saving.get_custom_objects().update(
+    {cls.__name__: cls for cls in (RegularizedModel, RegularizedFunctional)}
+)
 
 
 def _is_functional(args, kwargs):

@@ -4,6 +4,8 @@ Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, 
 `_symbolic_build`, `_flatten_layers`, and the functions for masks.
 """
 
+import warnings
+
 import keras
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
@@ -31,10 +33,13 @@ def train_step(objective, regularizer, monitor, data):
     batch = x, y, copied(sample_weight)
     regularizer.check_weights(model)
     gives_main_gradient = regularizer.gives_main_gradient(model)
-    if not gives_main_gradient:
-        y_pred, gradients = backend.main_pass(model, x, y, sample_weight)
-    elif not all(layer.built for layer in model._flatten_layers()):
+    if gives_main_gradient and not all(layer.built for layer in model._flatten_layers()):
         model._symbolic_build(data_batch=batch)
+    if not (gives_main_gradient and model.trainable_variables):
+        y_pred, gradients = backend.main_pass(model, x, y, sample_weight)
+    if not model.trainable_variables:  # as is known now of a model that this step has built
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     num_parallel_steps = backend.num_parallel_steps(model)
     unit = _unit(model.optimizer, num_parallel_steps)
 

@@ -2,6 +2,13 @@
 
 from keras_infomcr.objective.objective import Objective, copied
 from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales
-from keras_infomcr.objective.reductions import is_mean_over_examples
+from keras_infomcr.objective.reductions import is_mean_over_examples, losses_of
 
-__all__ = ["HALF_PRECISION", "Objective", "copied", "float8_scales", "is_mean_over_examples"]
+__all__ = [
+    "HALF_PRECISION",
+    "Objective",
+    "copied",
+    "float8_scales",
+    "is_mean_over_examples",
+    "losses_of",
+]

@@ -7,7 +7,7 @@ loss keeps all arguments of its function.
 import keras
 from keras import layers, losses
 
-from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples
+from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples, losses_of
 
 # Layers that map each example by itself, draw no random numbers and make no masks.
 _BY_EXAMPLE = (
@@ -44,7 +44,7 @@ def couples_no_examples(model):
     Known are Functional models of listed Keras layers with listed losses of Keras. Random layers
     are left out: slices would see other masks than the full batch does.
     """
-    compiled_losses = [x for x in keras.tree.flatten(model.loss) if x is not None]
+    compiled_losses = losses_of(model)
     return (
         type(model).compute_loss is keras.Model.compute_loss
         and is_mean_over_examples(model)
@@ -86,8 +86,9 @@ def _is_graph_of_known_layers(model):
     """Return whether all operations of a model, nested ones included, are known."""
     if not _is_of_keras(type(model).call):
         return False
-    operations = model.layers if isinstance(model, keras.Sequential) else model.operations
-    return all(map(_is_known, operations))
+    if isinstance(model, keras.Sequential):
+        return all(map(_is_known, model.layers))
+    return hasattr(model, "operations") and all(map(_is_known, model.operations))
 
 
 def _is_known(operation):

@@ -109,6 +109,10 @@ def layer_norm(w, x):
     return np.tanh(hidden) @ w[4] + w[5]
 
 
+def layer_norm_without_scale(w, x):
+    return layer_norm([w[0], w[1], np.ones(4), *w[2:]], x)
+
+
 def group_norm(w, x):
     hidden = oracle.group_norm(x @ w[0] + w[1], 2, w[2], w[3])
     return oracle.flatten(np.tanh(hidden)) @ w[4] + w[5]
@@ -199,6 +203,9 @@ CASES = [
          lambda x: normalized(x, 3, layers.BatchNormalization(trainable=False)),
          frozen_batch_norm),
     Case("layer_norm", (3,), lambda x: normalized(x, 4, layers.LayerNormalization()), layer_norm),
+    Case("layer_norm_without_scale", (3,),
+         lambda x: normalized(x, 4, layers.LayerNormalization(scale=False)),
+         layer_norm_without_scale),
     Case("group_norm", (2, 2, 2), lambda x: normalized(x, 4, layers.GroupNormalization(2)),
          group_norm),
     Case("pooling", (5, 5, 1), pooled, pooling),
@@ -574,6 +581,18 @@ def test_products_with_several_vectors(three_weights, compiled):
     for function in (SUM, ONE):
         products = backend.hessian_vector_products(function, compiled)(*args)
         assert not np.any(flat(products, vectors))
+
+
+def test_products_with_several_vectors_through_layer_normalization_without_scale(float64):
+    net = Net(NAMED["layer_norm_without_scale"])
+    weights, *args = net.point()
+    vectors = [random_vector(net), random_vector(net)]
+    products = backend.hessian_vector_products(lambda w, *args: net.objective(w, *args)[0])
+    found = products(weights, as_arrays([np.stack(v) for v in zip(*vectors)]), *args)
+    loss = mean_of(net.numpy_losses_of_batch())
+    for k, vector in enumerate(vectors):
+        expected = oracle.hessian_vector_product(loss, net.points, vector)
+        assert_close([numpy(p)[k] for p in found], expected, STENCIL)
 
 
 def test_products_of_a_linear_function_are_zero(three_weights):
