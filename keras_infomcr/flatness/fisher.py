@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.euclidean_norm import euclidean_norm
 from keras_infomcr.core.spectral_norms import spectral_norms
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.gamma_hat import checked_settings
@@ -94,7 +95,7 @@ def fisher_frobenius_norm(
     result = fisher_frobenius_norm(model, x_train, y_train, seed=0)
     ```
     """
-    return _measured(np.linalg.norm, model, x, y, num_trials, verbose, settings)
+    return _measured(euclidean_norm, model, x, y, num_trials, verbose, settings)
 
 
 def fisher_trace(
