@@ -27,6 +27,9 @@ def fisher_spectral_radius(
 
         I = (1 / N') J^T J,    rho(I) = lambda_max(J J^T) / N',    J_i = grad l_i
 
+    with l_i the loss of the example alone, as for `gamma_hat`: without label smoothing, `add_loss`,
+    penalties and, of one output, `loss_weights`.
+
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
 
@@ -70,7 +73,7 @@ def fisher_frobenius_norm(
 
         ||I||_F = ||J J^T||_F / N'
 
-    The reference takes the square of this.
+    with J as for `fisher_spectral_radius`. The reference takes the square of this.
 
     Reference: As `fisher_spectral_radius`.
 
@@ -110,6 +113,8 @@ def fisher_trace(
     """Compute the trace of the Fisher information I of the examples of a trial.
 
         tr I = tr(J J^T) / N',    the mean of ||grad l_i||^2
+
+    with l_i as for `fisher_spectral_radius`.
 
     Reference: As `fisher_spectral_radius`.
 
