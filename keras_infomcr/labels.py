@@ -42,8 +42,9 @@ def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
     for loss, of_output, output in zip(losses, labels, outputs):
         if is_sparse(loss) and hasattr(of_output, "__array__"):
             loss = keras.losses.get(loss)
-            num_classes = output.shape[getattr(loss, "axis", -1)]
-            _check(of_output, num_classes, getattr(loss, "ignore_class", None))
+            _check(
+                of_output, output, getattr(loss, "axis", -1), getattr(loss, "ignore_class", None)
+            )
 
 
 def _by_output(structure, names, count):
@@ -52,13 +53,19 @@ def _by_output(structure, names, count):
     return keras.tree.flatten(structure)
 
 
-def _check(labels, num_classes, ignored):
+def _check(labels, output, axis, ignored):
+    num_classes = output.shape[axis]
     labels = labels if isinstance(labels, np.ndarray) else keras.ops.convert_to_numpy(labels)
     if labels.dtype.kind not in "iuf" or not labels.size:
         return
     counted = labels if ignored is None else np.where(labels == ignored, 0, labels)
     low, high = counted.min(), counted.max()
     if not (low >= 0 and high < num_classes):
+        if num_classes == 1:
+            raise ValueError(
+                "The model must give a row of at least 2 class scores an example. "
+                f"Received: outputs of shape {tuple(output.shape)}, and y from {low} to {high}"
+            )
         unless = "" if ignored is None else f", or {ignored}, the `ignore_class` of the loss,"
         raise ValueError(
             f"`y` must hold integers from 0 to {num_classes - 1}{unless} for a sparse categorical "

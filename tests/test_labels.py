@@ -118,6 +118,14 @@ def test_examples_of_no_weight_may_have_any_label(rng):
     model.fit(inputs_of(rng), y, sample_weight=(y >= 0).astype("float32"), verbose=0)
 
 
+def test_one_score_is_no_row_of_classes():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1, "softmax")])
+    model.compile("sgd", SPARSE())
+    text = r"at least 2 class scores an example. Received: outputs of shape \(None, 1\)"
+    with pytest.raises(ValueError, match=text):
+        check_labels(model, np.array([0, 1]))
+
+
 def test_labels_of_other_losses_are_no_classes():
     check_labels(functional("mse"), np.full((6, 4), -1.0))
 

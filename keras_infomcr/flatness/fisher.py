@@ -8,6 +8,7 @@ import numpy as np
 from keras_infomcr import validation
 from keras_infomcr.core.euclidean_norm import euclidean_norm
 from keras_infomcr.core.spectral_norms import spectral_norms
+from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.gamma_hat import checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
@@ -152,4 +153,10 @@ def _measured(statistic, model, x, y, num_trials, verbose, settings):
         for gram in estimator.measure_grams():
             samples.append(statistic(gram) / len(gram))
             progress.add(1)
+    limits = np.finfo("float64")
+    if np.max(samples) < limits.tiny / limits.eps:
+        warn(
+            "The Fisher information is zero, or too small for float64. Received: a model whose "
+            f"examples give {np.max(samples):.0e} at most. Use `gamma_hat`, a logarithm."
+        )
     return Estimate.of(samples)

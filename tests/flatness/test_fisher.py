@@ -153,6 +153,17 @@ def test_vanishing_losses_keep_finite_positive_norms(request, dtype, margin):
     assert min(r.value for r in results) > 0
 
 
+def test_information_too_small_for_float64_is_reported():
+    """exp(-800) is; its logarithm is not."""
+    model = sequential(layers.Dense(3, use_bias=False), inputs=(3,), loss=from_logits())
+    model.set_weights([400 * np.eye(3)])
+    data, settings = (np.eye(3), np.arange(3)), {"num_examples": 3, "num_trials": 1}
+    for measure, _ in MEASURES:
+        with pytest.warns(UserWarning, match="zero, or too small for float64.*give 0e"):
+            assert measure(model, *data, **settings).value == 0
+    assert gamma_hat(model, *data, **settings).value == pytest.approx(-2400, rel=0.01)
+
+
 @kinds_of_data
 def test_batches_give_what_arrays_give(data, make):
     model, y, rows = softmax_regression(*data)
