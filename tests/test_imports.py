@@ -15,14 +15,15 @@ MAY_IMPORT = {
     "version": set(),
     "validation": set(),
     "scalars": set(),
+    "labels": set(),
     "core": set(),
     "backend": set(),
     "sub_batches": {"backend"},
     "objective": {"backend", "sub_batches"},
     "layers": {"validation"},
     "regularizers": {"validation", "scalars", "core", "backend", "objective"},
-    "flatness": {"validation", "core", "backend", "objective", "layers"},
-    "models": {"validation", "scalars", "backend", "objective", "regularizers"},
+    "flatness": {"validation", "labels", "core", "backend", "objective", "layers"},
+    "models": {"validation", "scalars", "labels", "backend", "objective", "regularizers"},
     "callbacks": {"validation", "scalars", "models", "flatness"},
 }
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_infomcr.core.euclidean_norm import unit_of
+
 
 def top_eigenvalues(product, start, count, order, tolerance, max_products, floor):
     """Find eigenvalues at one end or both ends of a spectrum, by thick-restart Lanczos.
@@ -31,15 +33,15 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products, floor
     basis = np.zeros((size + 1, len(start)), start.dtype)
     projected = np.zeros((size, size))
     basis[0] = start / np.linalg.norm(start)
-    filled, generator = 0, np.random.default_rng(0)
+    filled, generator, unit = 0, np.random.default_rng(0), None
     for used in range(1, max_products + 1):
-        vector = np.asarray(product(basis[filled]), start.dtype)
+        vector, unit = _in_units(product(basis[filled]), start.dtype, unit)
+        if vector is None:
+            return np.full(count, np.nan), np.nan
         known = basis[: filled + 1]
         vector, along = _orthogonalized(vector, known)
         projected[filled, : filled + 1] = projected[: filled + 1, filled] = along
         length = float(np.linalg.norm(vector))
-        if not np.isfinite(length):
-            return np.full(count, np.nan), np.nan
         filled += 1
         values, vectors = np.linalg.eigh(projected[:filled, :filled])
         wanted = order(values)
@@ -63,7 +65,20 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products, floor
             np.fill_diagonal(projected[: len(kept), : len(kept)], values[kept])
             filled = len(kept)
         basis[filled] = vector / length
-    return values[first], error
+    return (unit or 1.0) * values[first], error
+
+
+def _in_units(vector, dtype, unit):
+    """Return a product in units of the first that is not zero, and the unit; or `None` for NaN.
+
+    Squares of numbers as small as 1e-22, or as large as 1e22, are not to be had in float32.
+    """
+    vector = np.asarray(vector, dtype)
+    if not np.isfinite(vector).all():
+        return None, unit
+    if unit is None and vector.any():
+        unit = unit_of(vector)
+    return vector / (unit or 1.0), unit
 
 
 def _orthogonalized(vector, known):
@@ -90,16 +105,18 @@ def tridiagonal(product, start, num_steps):
         not finite.
     """
     before, vector, off = np.zeros_like(start), start / np.linalg.norm(start), 0.0
-    diagonal, off_diagonal = [], []
+    diagonal, off_diagonal, unit = [], [], None
     for _ in range(min(num_steps, len(start))):
-        new = np.asarray(product(vector), start.dtype) - off * before
+        new, unit = _in_units(product(vector), start.dtype, unit)
+        if new is None:
+            return np.full((1, 1), np.nan)
+        new = new - off * before
         diagonal.append(float(vector @ new))
         new -= diagonal[-1] * vector
         off = float(np.linalg.norm(new))
-        if not np.isfinite(off):
-            return np.full((1, 1), np.nan)
         off_diagonal.append(off)
         if off <= np.finfo(start.dtype).eps * max(map(abs, diagonal)):
             break
         before, vector = vector, new / off
-    return np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
+    sides = np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
+    return (unit or 1.0) * (np.diag(diagonal) + sides)

@@ -1,12 +1,14 @@
 """Adaptive sharpness: how far the loss rises within a neighbourhood scaled by the weights."""
 
 import functools
+import math
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.euclidean_norm import euclidean_norm, unit_of
 from keras_infomcr.flatness.checks import check_sampling
 from keras_infomcr.flatness.estimate import Estimate, standard_error
 from keras_infomcr.flatness.examples import trial_batches
@@ -119,20 +121,24 @@ def _ascent(value_and_slope, start, rho, norm, num_steps):
     Steps are of length 2 rho, and half as long, from the best point, after one that led down.
     """
 
-    def length(v):
-        return float(np.linalg.norm(v, 2 if norm == "l2" else np.inf))
-
     def projected(v):
         if norm == "l-inf":
             return np.clip(v, -rho, rho)
-        return v * min(1.0, rho / max(length(v), 1e-30))
+        return v * min(1.0, rho / (euclidean_norm(v) or 1.0))
+
+    def direction(slope):
+        if norm == "l-inf":
+            return np.sign(slope)
+        slope = slope / unit_of(slope)
+        return slope / (euclidean_norm(slope) or 1.0)
 
     point, step = start, 2 * rho
     first, slope = value_and_slope(point)
     best, best_point, best_slope = first, point, slope
     for _ in range(num_steps):
-        direction = slope / max(length(slope), 1e-30) if norm == "l2" else np.sign(slope)
-        point = projected(point + step * direction)
+        if not np.isfinite(slope).all():  # and nor is the loss, or it could not be raised
+            return best - first if math.isinf(best) else math.nan
+        point = projected(point + step * direction(slope))
         value, slope = value_and_slope(point)
         if value > best:
             best, best_point, best_slope = value, point, slope

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from keras_infomcr.core.euclidean_norm import unit_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -39,4 +41,5 @@ def standard_error(samples):
     """Return the standard error of the mean, NaN unless there are two finite numbers or more."""
     if len(samples) < 2 or not np.all(np.isfinite(samples)):
         return math.nan
-    return float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+    unit = unit_of(samples)
+    return unit * float(np.std(np.asarray(samples) / unit, ddof=1)) / math.sqrt(len(samples))

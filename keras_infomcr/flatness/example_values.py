@@ -14,11 +14,9 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import warn
-from keras_infomcr.flatness.replaced import replaced
+from keras_infomcr.flatness.compiled_loss import compiled_loss
 from keras_infomcr.layers.logit_normalization import normalize_logits
 from keras_infomcr.objective import losses_of
-
-_ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
 
 
 def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
@@ -27,7 +25,7 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     Args:
         model: A compiled `keras.Model`.
         outputs: Its outputs on an example.
-        logits: What a softmax or sigmoid made them of, or `None`.
+        logits: `Logits` of that call.
         normalize_softmax: Boolean, whether to normalise the logits.
         softmax_scale: Float, the scale of the normalisation.
 
@@ -49,7 +47,7 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     if not categorical and not binary:
         return ExampleLoss(model)
     from_logits = getattr(loss, "from_logits", False)
-    if not from_logits and logits is None:
+    if not from_logits and logits.of(_only(outputs), kind) is None:
         warn(
             "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
             "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
@@ -79,36 +77,6 @@ def kind_of_loss(model, outputs):
     return loss, None
 
 
-def predict_with_logits(model, predict, x):
-    """Return outputs, and what their softmax or sigmoid was applied to, `None` if unknown.
-
-    Keras notes that on the output as `_keras_logits`, unless, as in JAX, arrays take no
-    attributes. So the layers are made to note it for the time of the call.
-    """
-    noted = []
-
-    def noting(activation):
-        def noting_activation(inputs, mask=None, **kwargs):
-            if mask is not None:
-                return activation(inputs, mask=mask, **kwargs)
-            noted.append((activation(inputs, **kwargs), inputs))
-            return noted[-1][0]
-
-        return noting_activation
-
-    with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            # Recurrent layers have a property by this name.
-            if layer.__dict__.get("activation") in _ACTIVATIONS:
-                stack.enter_context(replaced(layer, "activation", noting(layer.activation)))
-            elif isinstance(layer, keras.layers.Softmax):
-                stack.enter_context(replaced(layer, "call", noting(layer.call)))
-        outputs = predict(x)
-    output = _only(outputs)
-    known = [inputs for result, inputs in noted if result is output]
-    return outputs, known[0] if known else getattr(output, "_keras_logits", None)
-
-
 class CategoricalLogOdds:
     """m = z_c - logsumexp_{k != c} z_k of the true class c, for softmax cross-entropy.
 
@@ -116,6 +84,8 @@ class CategoricalLogOdds:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
         scale: Float, the scale of the normalisation of the logits, or `None` for none.
     """
+
+    kind = "categorical"
 
     def __init__(self, from_logits, scale):
         self.from_logits = from_logits
@@ -159,7 +129,9 @@ class CategoricalLogOdds:
 
     def _logits(self, outputs, logits, inverse):
         """Return the logits of the outputs, by the inverse of the activation if need be."""
-        known = _only(outputs) if self.from_logits else logits
+        known = _only(outputs)
+        if not self.from_logits:
+            known = logits.of(known, self.kind)
         if known is not None:
             return ops.cast(known, backend.widest_float())
         return inverse(ops.cast(_only(outputs), backend.widest_float()))
@@ -171,6 +143,8 @@ class BinaryLogOdds(CategoricalLogOdds):
     Args:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
     """
+
+    kind = "binary"
 
     def __init__(self, from_logits):
         super().__init__(from_logits, None)
@@ -193,7 +167,7 @@ class BinaryLogOdds(CategoricalLogOdds):
 
 
 class ExampleLoss:
-    """The compiled loss of each example, for any other loss.
+    """The loss of each example, for any other loss: see `compiled_loss` with `of_example=True`.
 
     Args:
         model: A compiled `keras.Model`.
@@ -207,7 +181,7 @@ class ExampleLoss:
         return y
 
     def __call__(self, x, y, outputs, logits):
-        loss = self.model._compute_loss(x, y, outputs, None, training=False)
+        loss, _ = compiled_loss(self.model, x, y, outputs, logits, of_example=True)
         return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
 
     def log_loss_factors(self, values):

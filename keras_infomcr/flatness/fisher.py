@@ -6,7 +6,9 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.euclidean_norm import euclidean_norm
 from keras_infomcr.core.spectral_norms import spectral_norms
+from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.gamma_hat import checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
@@ -25,6 +27,9 @@ def fisher_spectral_radius(
     """Compute the spectral radius of the Fisher information I of the examples of a trial.
 
         I = (1 / N') J^T J,    rho(I) = lambda_max(J J^T) / N',    J_i = grad l_i
+
+    with l_i the loss of the example alone, as for `gamma_hat`: without label smoothing, `add_loss`,
+    penalties and, of one output, `loss_weights`.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
@@ -69,7 +74,7 @@ def fisher_frobenius_norm(
 
         ||I||_F = ||J J^T||_F / N'
 
-    The reference takes the square of this.
+    with J as for `fisher_spectral_radius`. The reference takes the square of this.
 
     Reference: As `fisher_spectral_radius`.
 
@@ -94,7 +99,7 @@ def fisher_frobenius_norm(
     result = fisher_frobenius_norm(model, x_train, y_train, seed=0)
     ```
     """
-    return _measured(np.linalg.norm, model, x, y, num_trials, verbose, settings)
+    return _measured(euclidean_norm, model, x, y, num_trials, verbose, settings)
 
 
 def fisher_trace(
@@ -109,6 +114,8 @@ def fisher_trace(
     """Compute the trace of the Fisher information I of the examples of a trial.
 
         tr I = tr(J J^T) / N',    the mean of ||grad l_i||^2
+
+    with l_i as for `fisher_spectral_radius`.
 
     Reference: As `fisher_spectral_radius`.
 
@@ -146,4 +153,10 @@ def _measured(statistic, model, x, y, num_trials, verbose, settings):
         for gram in estimator.measure_grams():
             samples.append(statistic(gram) / len(gram))
             progress.add(1)
+    limits = np.finfo("float64")
+    if np.max(samples) < limits.tiny / limits.eps:
+        warn(
+            "The Fisher information is zero, or too small for float64. Received: a model whose "
+            f"examples give {np.max(samples):.0e} at most. Use `gamma_hat`, a logarithm."
+        )
     return Estimate.of(samples)

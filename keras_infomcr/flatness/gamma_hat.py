@@ -69,6 +69,13 @@ def gamma_hat(
     grad m_i, which stays right when the losses vanish. Labels count by their largest entry. The
     model, its state, its optimizer and all seeds are left as they are.
 
+    Whatever the loss, l_i is the loss of the example alone, as Fisher information is that of
+    -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
+    activities and sample weights have no part in it. (The paper trains with label smoothing and
+    measures with one-hot labels, Sec. 3.1.) Of several outputs l_i is the sum of their losses,
+    weighted by `loss_weights`, for nothing else makes one loss of them; and losses other than the
+    cross-entropy of one output take soft labels as they are.
+
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Eq. 5 and 6 (https://arxiv.org/abs/1911.08192). The paper's code
     reports half of this, with `training=True, chunk_size=10`.
@@ -101,7 +108,8 @@ def gamma_hat(
     Raises:
         TypeError: If `model` or `x` is of a wrong type.
         ValueError: If an argument is out of its range, the model is not compiled or not built,
-            the data hold too few examples, NaN or infinity, or the labels do not fit the loss.
+            the data hold too few examples, NaN or infinity, or the labels do not fit the loss:
+            for sparse cross-entropy, if one stands for no class.
 
     Example:
 

@@ -9,15 +9,13 @@ from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
 from keras_infomcr.flatness.checks import check_built, check_compiled, warn
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.example_values import (
-    ExampleLoss,
-    example_values,
-    predict_with_logits,
-)
+from keras_infomcr.flatness.example_values import ExampleLoss, example_values
 from keras_infomcr.flatness.examples import draw_trials, read_examples
+from keras_infomcr.flatness.logits import predict_with_logits
 from keras_infomcr.flatness.shared import shared
 from keras_infomcr.flatness.taps import Taps
 from keras_infomcr.flatness.trial_grams import TrialGrams
+from keras_infomcr.labels import check_labels
 from keras_infomcr.objective import Objective
 
 # With `num_trials="auto"`.
@@ -147,6 +145,7 @@ class GammaHatEstimator:
         settings = self._settings
         taps = Taps(self.model)
         outputs, logits = self._predict(taps, 1)
+        check_labels(self.model, self._y, outputs)
         normalization = settings["normalize_softmax"], settings["softmax_scale"]
         self._values = example_values(self.model, outputs, logits, *normalization)
         other_loss = isinstance(self._values, ExampleLoss)

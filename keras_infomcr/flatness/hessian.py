@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.checks import check_sampling
+from keras_infomcr.flatness.checks import check_sampling, warn
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.examples import trial_batches
 from keras_infomcr.flatness.loss_function import LossFunction
@@ -22,10 +22,15 @@ class Hessian:
         data: A `Batches`.
         generator: `numpy.random.Generator` of the probes.
         progress: A `keras.utils.Progbar` that counts the products.
+
+    Attributes:
+        size: Integer, W.
+        largest: Float, the largest size of an entry of the products so far, NaN if one is.
     """
 
     def __init__(self, loss, data, generator, progress):
         self.size = loss.size
+        self.largest = 0.0
         self._loss = loss
         self._at = loss.at()
         self._data = data
@@ -42,6 +47,7 @@ class Hessian:
         for start in range(0, len(vectors), _VECTORS_AT_ONCE):
             some = vectors[start : start + _VECTORS_AT_ONCE]
             found.append(self._loss.hessian_vector_products(self._data, self._at, some))
+            self.largest = float(np.maximum(self.largest, np.max(np.abs(found[-1]))))
             self._progress.add(len(some))
         return np.concatenate(found)
 
@@ -94,7 +100,22 @@ def measure_hessian(
     generator = np.random.default_rng(seed)
     trials = trial_batches(x, y, num_examples, num_trials, batch_size, seed)
     with progress_bar(num_products * len(trials), verbose) as progress:
-        return [measure(Hessian(loss, data, generator, progress)) for data in trials]
+        hessians = [Hessian(loss, data, generator, progress) for data in trials]
+        results = [measure(hessian) for hessian in hessians]
+    _check_size(min(hessian.largest for hessian in hessians), loss.dtype)
+    return results
+
+
+def _check_size(largest, dtype):
+    """Warn of numbers so small that the dtype has lost their digits, or all of them."""
+    limits = np.finfo(dtype)
+    if largest < limits.tiny / limits.eps:
+        warn(
+            f"The curvature is zero, or too small for {dtype}, in which what is below "
+            f"{limits.tiny:.0e} loses its digits: no entry of a Hessian-vector product exceeds "
+            f"{largest:.0e}. If it should not be zero, raise the loss by `loss_weights` and divide "
+            "the measure by as much."
+        )
 
 
 def mean_estimate(trials):

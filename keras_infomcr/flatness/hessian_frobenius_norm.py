@@ -1,12 +1,12 @@
 """The Frobenius norm of the Hessian: the root of the sum of all squared curvatures."""
 
-import math
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.euclidean_norm import euclidean_norm, unit_of
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.hessian import mean_estimate, measure_hessian
 
@@ -46,12 +46,13 @@ def hessian_frobenius_norm(
     """
     validation.integer(minimum=2, num_products=num_products)
 
-    def squares(hessian):
+    def norms(hessian):
         products = map(hessian.products, hessian.probes(num_products))
-        return np.concatenate([np.einsum("kw,kw->k", p, p, dtype="float64") for p in products])
+        return np.array([euclidean_norm(p) for some in products for p in some])
 
-    trials = measure_hessian(squares, model, x, y, num_products, **settings)
-    square = mean_estimate(trials)
-    norm = math.sqrt(square.value)
+    trials = measure_hessian(norms, model, x, y, num_products, **settings)
+    unit = unit_of(trials)
+    square = mean_estimate([(trial / unit) ** 2 for trial in trials])
+    norm = np.sqrt(square.value)
     stderr = square.stderr / (2 * norm) if norm else square.stderr
-    return Estimate(norm, stderr, np.sqrt(square.samples))
+    return Estimate(float(unit * norm), float(unit * stderr), unit * np.sqrt(square.samples))

@@ -26,8 +26,11 @@ def hessian_trace(
 ) -> Estimate:
     """Estimate the trace of the Hessian of the loss by the weights.
 
-    The loss is the compiled one, its mean over the examples, without weight penalties. The model,
-    its state, its optimizer and all seeds are left as they are.
+    The loss is the compiled one, its mean over the examples, without weight penalties: label
+    smoothing, `loss_weights`, `add_loss` and activity penalties are part of it. Cross-entropies are
+    computed from the logits, of a model that ends in a softmax or sigmoid too, so that their
+    curvature is right where probabilities are rounded to 0 and 1. The model, its state, its
+    optimizer and all seeds are left as they are.
 
     Reference: Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for
     Laplacian Smoothing Splines", 1990; Meyer, Musco, Musco and Woodruff, "Hutch++: Optimal
@@ -70,8 +73,8 @@ def hessian_trace(
     Raises:
         TypeError: If `model` or `x` is of a wrong type.
         ValueError: If an argument is out of its range, the model is not compiled or not built,
-            its loss is no mean over the examples, or the data are empty, hold NaN or infinity or
-            too few examples.
+            its loss is no mean over the examples, or the data are empty, hold NaN or infinity,
+            too few examples, or a label of a sparse cross-entropy that stands for no class.
 
     Example:
 

@@ -12,8 +12,9 @@ from keras_infomcr import backend, validation
 from keras_infomcr.core.spectral_norms import spectral_norms
 from keras_infomcr.flatness.checks import check_built, check_compiled, check_sampling
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.example_values import kind_of_loss, predict_with_logits
+from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.examples import trial_batches
+from keras_infomcr.flatness.logits import predict_with_logits
 from keras_infomcr.flatness.progress import progress_bar
 from keras_infomcr.flatness.shared import shared
 from keras_infomcr.objective import Objective
@@ -145,8 +146,9 @@ class InputJacobian:
             outputs, logits = predict_with_logits(self.model, predict, x)
         loss, kind = kind_of_loss(self.model, outputs)
         values, self._slopes = keras.tree.flatten(outputs), None
-        if kind and getattr(loss, "from_logits", False):
-            logits = values[0]
+        if kind:
+            from_logits = getattr(loss, "from_logits", False)
+            logits = values[0] if from_logits else logits.of(values[0], kind)
         if kind == "categorical" and logits is not None and len(logits.shape) > 2:
             values = [ops.softmax(logits)]
         elif kind and logits is not None:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
+from keras_infomcr.core.euclidean_norm import unit_of
 from keras_infomcr.flatness.checks import check_sampling
 from keras_infomcr.flatness.estimate import Estimate, standard_error
 from keras_infomcr.flatness.examples import trial_batches
@@ -154,20 +155,23 @@ def local_entropy_gradient_norm(
         return generator.standard_normal(loss.size, loss.dtype) * math.sqrt(variance / gamma)
 
     def gradient():
-        """Return gamma (w - <w'>) as one chain gives it."""
+        """Return gamma (w - <w'>) as one chain gives it; `difference` is gamma times that."""
         gaussian, difference, total = noise(1), 0.0, 0.0
         for step in range(num_steps):
-            _, slope = loss.gradient(data, loss.at(weights + gaussian + difference))
+            _, slope = loss.gradient(data, loss.at(weights + gaussian + difference / gamma))
             progress.add(1)
-            difference = (1 - step_size) * difference - step_size / gamma * slope
+            difference = (1 - step_size) * difference - step_size * slope
             gaussian = (1 - step_size) * gaussian + noise(1 - (1 - step_size) ** 2)
             total = total + (difference if step >= first else 0)
-        return -gamma * total / (num_steps - first)
+        return -total / (num_steps - first)
 
     with progress_bar(num_chains * num_steps, verbose) as progress:
         gradients = np.array([gradient() for _ in range(num_chains)])
-    gradients = gradients.astype("float64")
-    return _norm_of_mean(gradients @ gradients.T)
+    unit = unit_of(gradients)
+    gradients = gradients.astype("float64") / unit
+    with np.errstate(invalid="ignore"):  # of chains that have diverged
+        found = _norm_of_mean(gradients @ gradients.T)
+    return Estimate(unit * found.value, unit * found.stderr, unit * found.samples)
 
 
 def _norm_of_mean(gram):

@@ -10,7 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.checks import check_built, check_compiled
+from keras_infomcr.flatness.checks import check_built, check_compiled, warn
+from keras_infomcr.flatness.compiled_loss import compiled_loss
+from keras_infomcr.flatness.logits import predict_with_logits
+from keras_infomcr.labels import check_labels, is_sparse
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
 
@@ -45,6 +48,11 @@ class LossFunction:
         wide = any(v.dtype == "float64" for v in model.trainable_variables)
         self.dtype = np.dtype("float64" if wide else "float32")
         self._lock = threading.Lock()
+        self._checks_labels = any(map(is_sparse, keras.tree.flatten(model.loss)))
+        self._outputs_of_batch = self.compiled(self._predict)
+        self._outputs = getattr(model, "outputs", None)
+        self._clipped = []
+        self._warned = False
         self._loss = self.compiled(self._loss_of_batch)
         self._gradient = self.compiled(backend.value_and_grad(self._with_nothing_else))
         self._products = backend.hessian_vector_products(
@@ -131,10 +139,13 @@ class LossFunction:
             function: Function `(*args, x, y)` of a batch that returns an array or a sequence of
                 arrays and `None`: means over its examples.
             data: Iterable of batches `(x, y)` of NumPy arrays, read once.
-            args: Tuple of structures of arrays.
+            args: Tuple of structures of arrays, the first two those that `at` returns.
 
         Returns:
             List of NumPy arrays and `None`.
+
+        Raises:
+            ValueError: If a label stands for no class.
         """
         batches, lock = iter(data), threading.Lock()
 
@@ -146,9 +157,12 @@ class LossFunction:
                 if batch is None:
                     return sums, count
                 size = len(keras.tree.flatten(batch)[0])
+                self._check_labels(batch, args)
                 batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
                 found = backend.on_device(device, function, *args, *batch)
                 found = found if isinstance(found, (list, tuple)) else [found]
+                if not count:
+                    self._check_probabilities(batch, args)
                 terms = [None if array is None else size * _widened(array) for array in found]
                 sums = terms if sums is None else _added(sums, terms)
                 count += size
@@ -169,9 +183,42 @@ class LossFunction:
         """Return the loss of a batch and the outputs, of the framework."""
         training = self._training
         with self._lock, self._objective.at(weights, state, training) as (predict, _):
-            outputs = predict(x)
-            loss = self.model._compute_loss(x, y, outputs, None, training=training)
+            outputs, logits = predict_with_logits(self.model, predict, x)
+            loss, clipped = compiled_loss(self.model, x, y, outputs, logits, training)
+        known = list(enumerate(keras.tree.flatten(outputs)))
+        self._clipped = [(k, kind) for p, kind in clipped for k, output in known if output is p]
         return loss, outputs
+
+    def _predict(self, weights, state, x):
+        with self._lock, self._objective.at(weights, state, self._training) as (predict, _):
+            return predict(x)
+
+    def _check_labels(self, batch, args):
+        if not self._checks_labels:
+            return
+        x, y = batch
+        if not self._outputs:
+            x = keras.tree.map_structure(ops.convert_to_tensor, x)
+            self._outputs = self._outputs_of_batch(*args[:2], x)
+        check_labels(self.model, y, self._outputs)
+
+    def _check_probabilities(self, batch, args):
+        """Warn once of probabilities that Keras clips, whose loss then has no derivatives."""
+        if self._warned or not self._clipped:
+            return
+        outputs = keras.tree.flatten(self._outputs_of_batch(*args[:2], batch[0]))
+        arrays = [(ops.convert_to_numpy(outputs[k]), kind) for k, kind in self._clipped]
+        epsilon = keras.config.epsilon()
+        if any(
+            p.max() > 1 - epsilon or (kind == "binary" and p.min() < epsilon) for p, kind in arrays
+        ):
+            self._warned = True
+            warn(
+                f"Some of the model's probabilities are nearer to 0 or 1 than {epsilon}, where "
+                "Keras clips them and the loss has no derivatives. The model does not end in a "
+                "softmax or sigmoid that Keras can look behind. Let it return logits and compile "
+                "it with a loss with `from_logits=True`."
+            )
 
     def _loss_of_batch(self, *args):
         return self.evaluate(*args)[0]

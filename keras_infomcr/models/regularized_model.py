@@ -7,7 +7,7 @@ Private names of Keras overridden here, unchanged from 3.10 to 3.15: `_make_func
 import keras
 from keras.src.models.functional import Functional  # not exported; stands here since Keras 3.0
 
-from keras_infomcr import backend, objective, regularizers, validation
+from keras_infomcr import backend, labels, objective, regularizers, validation
 from keras_infomcr.models.file_of_chief import file_of_chief
 from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
@@ -244,6 +244,8 @@ class RegularizedModel(keras.Model):
     ):
         """Train the model, as `keras.Model.fit`, with `infomcr_reg` in the logs."""
         if self._regularizer is not None:
+            if kwargs.get("sample_weight") is None:  # by which examples may be left out
+                labels.check_labels(self, y)
             callbacks = _with_log(callbacks, LogRegularizer(self._monitor))
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 

@@ -39,6 +39,23 @@ def test_largest_by_size(rng, spectrum, count, dtype):
     np.testing.assert_allclose(found[:isolated], expected[:isolated], atol=4e-4)
 
 
+@pytest.mark.parametrize("power", [-100, 100])
+def test_matrices_whose_squares_float32_cannot_hold(rng, spectrum, power):
+    """Times a power of two, what is computed is the same but for the exponents."""
+    matrix, start = matrix_of(rng, spectrum, "float32"), rng.normal(size=300).astype("float32")
+    factor = np.float32(2.0**power)
+
+    def eigenvalues(factor):
+        found = top_eigenvalues(lambda v: factor * (matrix @ v), start, 4, by_size, 1e-3, 99, 1.0)
+        return found[0], found[1], tridiagonal(lambda v: factor * (matrix @ v), start, 10)
+
+    values, error, reduced = eigenvalues(np.float32(1))
+    scaled_values, scaled_error, scaled_reduced = eigenvalues(factor)
+    np.testing.assert_allclose(scaled_values, 2.0**power * values, rtol=1e-6)
+    assert scaled_error == pytest.approx(error, rel=1e-3)
+    np.testing.assert_allclose(scaled_reduced, 2.0**power * reduced, rtol=1e-4)
+
+
 @pytest.mark.parametrize("floor", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize("start_of", range(3))
 def test_tolerance_is_of_the_size_of_each_above_the_floor(rng, spectrum, floor, start_of):

@@ -8,7 +8,12 @@ import pytest
 from measuring import assert_untouched, kinds_of_data, softmax
 from test_gamma_hat import NUM_CLASSES, classifier, from_logits, sequential
 
-from keras_infomcr.flatness import fisher_frobenius_norm, fisher_spectral_radius, fisher_trace
+from keras_infomcr.flatness import (
+    fisher_frobenius_norm,
+    fisher_spectral_radius,
+    fisher_trace,
+    gamma_hat,
+)
 from keras_infomcr.flatness.shared import sharing
 
 MEASURES = [
@@ -148,6 +153,17 @@ def test_vanishing_losses_keep_finite_positive_norms(request, dtype, margin):
     assert min(r.value for r in results) > 0
 
 
+def test_information_too_small_for_float64_is_reported():
+    """exp(-800) is; its logarithm is not."""
+    model = sequential(layers.Dense(3, use_bias=False), inputs=(3,), loss=from_logits())
+    model.set_weights([400 * np.eye(3)])
+    data, settings = (np.eye(3), np.arange(3)), {"num_examples": 3, "num_trials": 1}
+    for measure, _ in MEASURES:
+        with pytest.warns(UserWarning, match="zero, or too small for float64.*give 0e"):
+            assert measure(model, *data, **settings).value == 0
+    assert gamma_hat(model, *data, **settings).value == pytest.approx(-2400, rel=0.01)
+
+
 @kinds_of_data
 def test_batches_give_what_arrays_give(data, make):
     model, y, rows = softmax_regression(*data)
@@ -180,6 +196,62 @@ def test_sequences_of_classes_take_their_loss(float64, rng):
         slopes = (softmax(inputs @ kernel + bias) - np.eye(NUM_CLASSES)[labels]) / 6
         rows.append(np.concatenate([(inputs.T @ slopes).ravel(), slopes.sum(axis=0)]))
     assert_norms(model, x, y, rows, rel=1e-12)
+
+
+def categorical(label_smoothing=0.0):
+    return keras.losses.CategoricalCrossentropy(True, label_smoothing)
+
+
+def binary(label_smoothing=0.0):
+    return keras.losses.BinaryCrossentropy(True, label_smoothing)
+
+
+@pytest.mark.parametrize(
+    ("units", "shape", "loss", "smoothed"),
+    [
+        (3, (6,), categorical, lambda: categorical(0.3)),
+        (1, (6,), binary, lambda: binary(0.3)),
+        (3, (5, 6), categorical, lambda: categorical(0.3)),
+        (3, (6,), binary, lambda: binary(0.3)),
+        (3, (6,), lambda: "mse", lambda: "mse"),
+    ],
+    ids=["classes", "two classes", "sequences", "several labels", "squares"],
+)
+def test_loss_is_that_of_the_example_alone(float64, rng, units, shape, loss, smoothed):
+    """No smoothing, weight or penalty has a part in any loss of one output."""
+    x = rng.normal(size=(6, *shape))
+    y = np.eye(units)[rng.integers(0, units, x.shape[:-1])]
+    plain = sequential(layers.Dense(units), inputs=shape, loss=loss())
+    penalties = {"kernel_regularizer": "l2", "activity_regularizer": "l1"}
+    dense = layers.Dense(units, **penalties)
+    trained = sequential(dense, Adding(), inputs=shape)
+    trained.compile("sgd", smoothed(), loss_weights=[3.0])
+    trained.set_weights(plain.get_weights())
+    for measure in (fisher_trace, gamma_hat):
+        expected, found = (
+            measure(model, x, y, num_examples=6, num_trials=1, seed=0) for model in (plain, trained)
+        )
+        assert found.value == pytest.approx(expected.value, rel=1e-9)
+
+
+class Adding(layers.Layer):
+    """Adds a loss of what it is given."""
+
+    def call(self, inputs):
+        self.add_loss(keras.ops.mean(inputs**2))
+        return inputs
+
+
+def test_weights_of_several_outputs_are_kept(float64, rng):
+    """Nothing else makes one loss of them; a common factor of 2 is 4 times the trace."""
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, [layers.Dense(2)(inputs), layers.Dense(3)(inputs)])
+    x, y = rng.normal(size=(6, 6)), [rng.normal(size=(6, n)) for n in (2, 3)]
+    traces = []
+    for weights in ([1.0, 0.0], [0.0, 1.0], [2.0, 2.0]):
+        model.compile("sgd", ["mse", "mse"], loss_weights=weights)
+        traces.append(fisher_trace(model, x, y, num_examples=6, num_trials=1).value)
+    assert traces[2] == pytest.approx(4 * (traces[0] + traces[1]), rel=1e-9)
 
 
 def test_progress_counts_the_trials(data, capsys):

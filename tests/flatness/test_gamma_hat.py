@@ -1074,16 +1074,13 @@ def test_labels_that_are_not_finite_are_refused(data, shape):
 @pytest.mark.parametrize(
     "labels",
     [
-        lambda y: y + 1,
-        lambda y: y - 1,
-        lambda y: y + 2**40,
-        lambda y: y + 0.5,
+        lambda y: y - 0.5 * (y > 0),
         lambda y: np.eye(5)[y],
         lambda y: np.zeros((12, NUM_CLASSES)),
         lambda y: np.stack([y, y], axis=1),
         lambda y: np.array(list("abc") * 4),
     ],
-    ids=["large", "negative", "huge", "fractions", "width", "empty rows", "two", "strings"],
+    ids=["fractions", "width", "empty rows", "two", "strings"],
 )
 def test_labels_that_do_not_fit_the_classes(data, labels):
     y = labels(np.resize(np.arange(NUM_CLASSES), 12))

@@ -1,0 +1,116 @@
+"""The compiled loss of a batch, with derivatives that survive convergence.
+
+Keras clips probabilities to [1e-7, 1 - 1e-7], beyond which the loss has no derivatives. Given
+logits, the second derivatives p_j (v_j - sum_k p_k v_k) cancel where a p_j is rounded to 1. With
+logits z - max z they do not: there v_j is 0.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, `_compile_loss` with
+its `_flat_losses`, and `_fn_kwargs` of a loss.
+"""
+
+import copy
+
+import keras
+from keras import ops
+
+from keras_infomcr.flatness.replaced import replaced
+
+
+def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False):
+    """Return the compiled loss of a batch, and of which outputs Keras clips the probabilities.
+
+    Args:
+        model: A compiled `keras.Model`.
+        x: Structure of arrays `[B, ...]`.
+        y: Structure of arrays `[B, ...]`.
+        outputs: Structure of arrays `[B, ...]`, what the model makes of `x`.
+        logits: `Logits` of that call.
+        training: Boolean, as for the model's `call`.
+        of_example: Boolean, whether to return the loss l of Fisher information: without label
+            smoothing, `add_loss`, activity penalties and the weight of an only loss.
+
+    Returns:
+        Tuple of a scalar and a list of pairs: an output whose logits are not known, though its
+        loss is a cross-entropy of probabilities, and `"categorical"` or `"binary"`.
+    """
+
+    def compute():
+        return model._compute_loss(x, y, outputs, None, training=training)
+
+    known = model._compile_loss
+    if not known.built:  # Keras chooses its functions by the first outputs
+        compute()
+    clipped, entries = [], known._flat_losses or []
+    if of_example:
+        for layer in model._flatten_layers():
+            layer._loss_ids.clear()  # by which Keras finds what `add_loss` has been given
+        entries = [entry._replace(loss=_without_smoothing(entry.loss)) for entry in entries]
+        if len(entries) == 1:
+            entries = [entries[0]._replace(loss_weights=None)]
+    entries = [e._replace(loss=_looking_behind(e.loss, logits, clipped)) for e in entries]
+    with replaced(known, "_flat_losses", entries):
+        return compute(), clipped
+
+
+def _without_smoothing(loss):
+    if not getattr(loss, "_fn_kwargs", {}).get("label_smoothing"):
+        return loss
+    loss = copy.copy(loss)
+    loss._fn_kwargs = {**loss._fn_kwargs, "label_smoothing": 0.0}
+    return loss
+
+
+def _looking_behind(loss, logits, clipped):
+    """Return what computes a loss of the logits where they are known, and else notes the output."""
+    function = getattr(loss, "fn", None)
+    kinds = [(kind, on) for known, kind, on in _CROSS_ENTROPIES if known is function]
+    if not kinds:
+        return loss
+    kind, on_logits = kinds[0]
+
+    def looking_behind(y_true, y_pred, sample_weight=None):
+        known = _known_logits(loss, y_pred, kind, logits)
+        if known is None:
+            clipped.append((y_pred, kind))
+            return loss(y_true, y_pred, sample_weight)
+        twin = copy.copy(loss)
+        twin.fn, twin._fn_kwargs = on_logits(function), {**loss._fn_kwargs, "from_logits": True}
+        call = twin.call
+        twin.call = lambda y_true, _: call(y_true, ops.cast(known, twin.dtype))
+        return twin(y_true, y_pred, sample_weight)  # which takes the mask from the output
+
+    return looking_behind
+
+
+def _known_logits(loss, y_pred, kind, logits):
+    if loss._fn_kwargs.get("from_logits") and not hasattr(y_pred, "_keras_logits"):
+        return y_pred
+    last = -1, len(y_pred.shape) - 1
+    usual = kind == "binary" or loss._fn_kwargs.get("axis", -1) in last
+    return logits.of(y_pred, kind) if usual else None
+
+
+def _softmax_cross_entropy(function):
+    def of_logits(y_true, z, axis=-1, **kwargs):
+        return function(y_true, z - ops.max(z, axis=axis, keepdims=True), axis=axis, **kwargs)
+
+    return of_logits
+
+
+def _sigmoid_cross_entropy(function):
+    """Take the sigmoid cross-entropy as the softmax cross-entropy of the logits z and 0."""
+    of_two = _softmax_cross_entropy(keras.losses.categorical_crossentropy)
+
+    def of_logits(y_true, z, axis=-1, **kwargs):
+        y_true = ops.cast(y_true, z.dtype)
+        pairs = ops.stack([y_true, 1 - y_true], -1), ops.stack([z, ops.zeros_like(z)], -1)
+        return ops.mean(of_two(*pairs, **kwargs), axis=axis)
+
+    return of_logits
+
+
+_CROSS_ENTROPIES = [
+    (keras.losses.categorical_crossentropy, "categorical", _softmax_cross_entropy),
+    (keras.losses.sparse_categorical_crossentropy, "categorical", _softmax_cross_entropy),
+    (keras.losses.binary_crossentropy, "binary", _sigmoid_cross_entropy),
+]

@@ -1,0 +1,76 @@
+"""The labels of sparse cross-entropies.
+
+TensorFlow and torch refuse a class that there is not, each with an error of its own, or fail on a
+GPU. JAX takes the example for one without a label.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def is_sparse(loss: Any) -> bool:
+    """Return whether a loss, as given to `compile`, is the sparse categorical cross-entropy."""
+    loss = keras.losses.get(loss)
+    return keras.losses.sparse_categorical_crossentropy in (loss, getattr(loss, "fn", None))
+
+
+def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
+    """Refuse labels that stand for no class of a sparse cross-entropy.
+
+    Args:
+        model: A compiled `keras.Model`.
+        y: Structure of arrays, the labels. What is no array is not checked.
+        outputs: Structure like the model's outputs, of arrays or what else has a shape; or `None`,
+            of a Functional model or a built Sequential one. Any other model's labels are then not
+            checked. Defaults to `None`.
+
+    Raises:
+        ValueError: If a label is below 0, NaN, or not below the number of classes, and not the
+            `ignore_class` of the loss.
+    """
+    outputs = outputs if outputs is not None else getattr(model, "outputs", None) or []
+    names = sorted(outputs) if isinstance(outputs, dict) else getattr(model, "output_names", None)
+    outputs = keras.tree.flatten(outputs)
+    losses = _by_output(model.loss, names, len(outputs))
+    labels = _by_output(y, names, len(outputs))
+    if len(losses) == 1:
+        losses *= len(outputs)
+    if not len(losses) == len(labels) == len(outputs):
+        return  # Keras says what is wrong
+    for loss, of_output, output in zip(losses, labels, outputs):
+        if is_sparse(loss) and hasattr(of_output, "__array__"):
+            loss = keras.losses.get(loss)
+            _check(
+                of_output, output, getattr(loss, "axis", -1), getattr(loss, "ignore_class", None)
+            )
+
+
+def _by_output(structure, names, count):
+    if isinstance(structure, dict) and names and set(structure) == set(names):
+        return [structure[name] for name in names]
+    return keras.tree.flatten(structure)
+
+
+def _check(labels, output, axis, ignored):
+    num_classes = output.shape[axis]
+    labels = labels if isinstance(labels, np.ndarray) else keras.ops.convert_to_numpy(labels)
+    if labels.dtype.kind not in "iuf" or not labels.size:
+        return
+    counted = labels if ignored is None else np.where(labels == ignored, 0, labels)
+    low, high = counted.min(), counted.max()
+    if not (low >= 0 and high < num_classes):
+        if num_classes == 1:
+            raise ValueError(
+                "The model must give a row of at least 2 class scores an example. "
+                f"Received: outputs of shape {tuple(output.shape)}, and y from {low} to {high}"
+            )
+        unless = "" if ignored is None else f", or {ignored}, the `ignore_class` of the loss,"
+        raise ValueError(
+            f"`y` must hold integers from 0 to {num_classes - 1}{unless} for a sparse categorical "
+            f"cross-entropy of {num_classes} classes. Received: y of shape {labels.shape} and "
+            f"dtype {labels.dtype}, from {low} to {high}. Let the model have an output for each "
+            "class, or leave examples out by the `ignore_class` of "
+            "`keras.losses.SparseCategoricalCrossentropy`."
+        )
