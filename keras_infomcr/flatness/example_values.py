@@ -5,7 +5,6 @@ grad l = -sigmoid(-m) grad m. The factor is taken out of the determinant: the ro
 their size where p_c rounds to 1 and grad l to 0.
 """
 
-import contextlib
 import math
 
 import keras
