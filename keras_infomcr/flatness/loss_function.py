@@ -12,6 +12,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import check_built, check_compiled
 from keras_infomcr.flatness.example_values import no_weight_penalties
+from keras_infomcr.flatness.shared import end_of_checks
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
 
@@ -137,6 +138,7 @@ class LossFunction:
         Returns:
             List of NumPy arrays and `None`.
         """
+        end_of_checks()
         batches, lock = iter(data), threading.Lock()
 
         def share(device):
