@@ -10,12 +10,13 @@ models compare at equal settings, and only if they have the same architecture.
 """
 
 import argparse
+import pathlib
 import warnings
 
 import keras
 import numpy as np
-from images import load, normalize
-from options import add_data, positive, use_true_float32
+from images import normalize
+from options import add_data, load_images, positive, positive_number, use_true_float32
 
 from keras_infomcr.flatness import gamma_hat
 
@@ -28,9 +29,14 @@ def parse(argv=None):
     add_data(parser)
     add("--num-examples", type=positive, default=100, help="N', images of a trial (%(default)s)")
     add("--num-trials", type=positive, default=100, help="T, trials (%(default)s)")
-    add("--scale", type=float, default=0.04, help="softmax scale where normalised (%(default)s)")
+    help = "softmax scale where normalised (%(default)s)"
+    add("--scale", type=positive_number, default=0.04, help=help)
     add("--seed", type=int, default=0, help="of the draw of images (%(default)s)")
-    return parser.parse_args(argv)
+    settings = parser.parse_args(argv)
+    for path in settings.models:
+        if not pathlib.Path(path).is_file():
+            parser.error(f"models must be .keras files. Received: {path}, which is no file")
+    return settings
 
 
 def measure(path, settings, train_data, test_data):
@@ -38,7 +44,10 @@ def measure(path, settings, train_data, test_data):
     with warnings.catch_warnings():
         # Keras cannot place the state of an optimizer that scales losses; it is not needed.
         warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-        model = keras.saving.load_model(path)
+        try:
+            model = keras.saving.load_model(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path} could not be loaded as a model: {error}") from None
     x, y = test_data
     predictions = model.predict(x, verbose=0)
     cells = [path, f"{np.mean(predictions.argmax(axis=-1) == y):.2%}"]
@@ -64,7 +73,13 @@ def main(argv=None):
     """Print the table."""
     settings = parse(argv)
     use_true_float32()
-    images = load(settings.data, settings.num_train)
+    images = load_images(settings)
+    if settings.num_examples > len(images.x_train):
+        raise SystemExit(
+            "--num-examples must not exceed the number of training images. Received: "
+            f"--num-examples {settings.num_examples}, {len(images.x_train)} images. "
+            f"Pass --num-examples {len(images.x_train)}."
+        )
     train_data = normalize(images.x_train), images.y_train
     test_data = normalize(images.x_test), images.y_test
     rows = [["model", "test accuracy", "gamma-hat", "normalised", "paper's code"]]

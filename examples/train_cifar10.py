@@ -23,9 +23,9 @@ import pathlib
 import keras
 import run_folder
 from augmentation import SCHEMES, training_batches
-from images import load, normalize
+from images import normalize
 from networks import NETWORKS
-from options import add_data, positive, use_true_float32
+from options import add_data, load_images, positive, use_true_float32
 
 from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -82,10 +82,13 @@ def parse(argv=None):
             f"Received: {settings.learning_rates} and {settings.boundaries}"
         )
     epochs = range(settings.epochs)
-    if settings.regularize in SEGMENTS and not any(regularized(e, settings) for e in epochs):
+    acts = settings.regularize == "never" or any(regularized(e, settings) for e in epochs)
+    if not acts:
         parser.error(
             "--regularize must leave an epoch to regularise. Received: --regularize "
-            f"{settings.regularize}, --epochs {settings.epochs}, --boundaries {settings.boundaries}"
+            f"{settings.regularize}, --epochs {settings.epochs}, --boundaries "
+            f"{settings.boundaries}. Take more epochs, or pass --regularize 111 to regularise all "
+            "of them, or --regularize never."
         )
     if settings.strategy == "mirrored" and keras.backend.backend() != "tensorflow":
         parser.error(
@@ -101,8 +104,10 @@ def segment(epoch, settings):
 
 
 def regularized(epoch, settings):
-    """Return whether the digit of an epoch's segment, or the last one, is 1."""
+    """Return whether an epoch follows a fall of the rate, or its segment's digit is 1."""
     digits = settings.regularize
+    if digits == "after-drop":
+        return segment(epoch, settings) > 0
     return digits[min(segment(epoch, settings), len(digits) - 1)] == "1"
 
 
@@ -182,7 +187,7 @@ def make_scope(settings):
 def main(argv=None):
     """Train, and leave everything in the output folder."""
     settings = parse(argv)
-    images = load(settings.data, settings.num_train)
+    images = load_images(settings)
     use_true_float32()
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.dtype)

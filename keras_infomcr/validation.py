@@ -3,6 +3,8 @@
 import math
 import numbers
 
+import numpy as np
+
 
 def positive(**arguments):
     """Require finite numbers greater than zero."""
@@ -16,7 +18,11 @@ def non_negative(**arguments):
 
 def number(**arguments):
     """Require numbers other than NaN and infinity; -infinity is one, a logarithm of 0."""
-    _require(arguments, lambda v: _is_finite(v) or v == -math.inf, "a number or -inf")
+    _require(
+        arguments,
+        lambda v: _is_finite(v) or (isinstance(v, numbers.Real) and v == -math.inf),
+        "a number or -inf",
+    )
 
 
 def fraction(**arguments):
@@ -29,7 +35,7 @@ def integer(*, minimum, maximum=math.inf, **arguments):
     limits = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
     _require(
         arguments,
-        lambda v: isinstance(v, numbers.Integral) and not _is_bool(v) and minimum <= v <= maximum,
+        lambda v: isinstance(v, numbers.Integral) and _is_finite(v) and minimum <= v <= maximum,
         f"an integer {limits}",
     )
 
@@ -41,15 +47,25 @@ def boolean(**arguments):
 
 def one_of(*choices, **arguments):
     """Require one of the listed values."""
-    _require(arguments, lambda v: v in choices, f"one of {', '.join(map(repr, choices))}")
+    # Not of an array, which compares entry by entry.
+    _require(
+        arguments,
+        lambda v: isinstance(v, (str, numbers.Number, np.bool_)) and v in choices,
+        f"one of {', '.join(map(repr, choices))}",
+    )
 
 
 def _is_bool(value):
-    return isinstance(value, bool) or type(value).__name__ == "bool_"
+    return isinstance(value, (bool, np.bool_))
 
 
 def _is_finite(value):
-    return isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or _is_bool(value):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a Python integer that is no float
+        return False
 
 
 def _require(arguments, holds, what):

@@ -3,6 +3,7 @@
 import ast
 import pathlib
 
+import keras
 import pytest
 
 import keras_infomcr
@@ -57,3 +58,12 @@ def test_frameworks_enter_by_the_backend_alone(path):
         assert "keras" not in top
     if path.relative_to(ROOT).parts[0] != "backend":
         assert not top & FRAMEWORKS
+
+
+def test_a_star_import_leaves_the_modules_of_keras_in_place():
+    names = {}
+    exec("from keras import *\nfrom keras_infomcr import *", names)
+    for name in ("callbacks", "layers", "models", "regularizers"):
+        assert names[name] is getattr(keras, name)
+    assert names["RegularizedModel"] is keras_infomcr.RegularizedModel
+    assert keras_infomcr.regularizers.SubBatchPerturbation  # `import keras_infomcr` is enough

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from keras_infomcr import flatness
-from keras_infomcr.callbacks.measuring_callback import MeasuringCallback
+from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
 from keras_infomcr.flatness.checks import check_compiled
 from keras_infomcr.flatness.examples import Batches
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.shared import only_checking, sharing
 
 # Names of `flatness` that stand for no number of a model.
 _NO_MEASURES = {"gamma_hat_by_layer", "hessian_spectral_density", "pac_bayes_bound", "plot"}
+_NUMBER = "A measure must give a result with a single number as its `value`, to be logged."
 
 
 class FlatnessCallback(MeasuringCallback):
@@ -21,14 +22,15 @@ class FlatnessCallback(MeasuringCallback):
 
     For each measure, its name and the name with `_stderr` are added to the logs of each epoch,
     NaN for an epoch without a measurement. Put the callback before those that read them
-    (`CSVLogger`, `TensorBoard`). It works with any `keras.Model`, and leaves the model, its
-    optimizer and all seeds as they are. What the measures compile they keep while `fit` runs;
-    gamma-hat and Fisher measures without a seed keep their draw of examples too.
+    (`CSVLogger`, `TensorBoard`): a warning names those that stand before it. It works with any
+    `keras.Model`, and leaves the model, its optimizer and all seeds as they are. What the
+    measures compile they keep while `fit` runs; gamma-hat and Fisher measures without a seed
+    keep their draw of examples too.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
             `DataLoader` or another iterable of batches `(x, y)`: training data without
-            augmentation.
+            augmentation. Models of KerasHub preprocess them, as they do what `fit` is given.
         measures: List of names of functions of `keras_infomcr.flatness`, such as
             `"hessian_trace"`, called at their defaults with `seed=0`, so that epochs, runs and
             processes compare; or functions `f(model, x, y)` that return a result with `value`
@@ -46,7 +48,9 @@ class FlatnessCallback(MeasuringCallback):
         TypeError: When training begins, if the data are of a wrong type.
         ValueError: If an argument is out of its range, or two measures have the same name; when
             training begins, if the data are empty, hold NaN or infinity (of batches, in the
-            first), or can be read once only; at the first measurement, what a measure raises.
+            first), or can be read once only, and what the measures of
+            `keras_infomcr.flatness` refuse (of a model that is built later, as soon as it is);
+            at the first measurement, what another function raises.
 
     Example:
 
@@ -64,8 +68,9 @@ class FlatnessCallback(MeasuringCallback):
         frequency: int = 1,
         verbose: int = 0,
     ):
+        check_one_tuple(data, measures)
         super().__init__(data, frequency, verbose)
-        if isinstance(measures, str) or not measures:
+        if not isinstance(measures, (list, tuple)) or not measures:
             raise ValueError(
                 "`measures` must be a list of names or functions, not empty. "
                 f"Received: measures={measures!r}"
@@ -85,6 +90,34 @@ class FlatnessCallback(MeasuringCallback):
         check_compiled(self.model)
         next(iter(Batches(*self.examples(), batch_size=1)))  # checks the data
         self._compiled = {}
+        self._checked = False
+        self._check()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._check()
+
+    def _check(self):
+        """Let our measures check what they are given, as soon as the model has weights."""
+        # In this order: on JAX Keras reattaches the state of `fit` wherever `self.model` is used.
+        if self._checked or not self.model.built:
+            return
+        self._checked = True
+        with sharing(self._compiled):
+            for name, function in self._measures.items():
+                # A function of the user's may compute for hours.
+                if str(_underlying(function).__module__).startswith("keras_infomcr."):
+                    self._check_measure(name, function)
+
+    def _check_measure(self, name, function):
+        try:
+            with only_checking():
+                function(self.model, *self.examples())
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"`measures` must fit the model and the data. Received: {name!r}, which fails: "
+                f"{error} Its arguments are set by `functools.partial({name}, ...)`."
+            ) from error
 
     def on_train_end(self, logs=None):
         super().on_train_end(logs)
@@ -98,10 +131,7 @@ class FlatnessCallback(MeasuringCallback):
             for name, function in self._measures.items():
                 result = self.results[name] = function(self.model, x, y)
                 if np.ndim(getattr(result, "value", [])):
-                    raise ValueError(
-                        "A measure must give a result with a single number as its `value`, to be "
-                        f"logged. Received: {result!r} from {name}"
-                    )
+                    raise ValueError(f"{_NUMBER} Received: {result!r} from {name}")
                 logs[name], logs[f"{name}_stderr"] = float(result.value), float(result.stderr)
         return logs
 
@@ -116,9 +146,15 @@ def _named(measure):
                 f"Received: {measure!r}"
             )
         return measure, functools.partial(getattr(flatness, measure), seed=0)
-    function = measure
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _underlying(measure)
     if not callable(measure) or not hasattr(function, "__name__"):
         raise ValueError(f"`measures` must hold names or functions. Received: {measure!r}")
+    if any(function is getattr(flatness, name) for name in _NO_MEASURES):
+        raise ValueError(f"{_NUMBER} Received: {measure!r}")
     return function.__name__, measure
+
+
+def _underlying(function):
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_infomcr.callbacks.measuring_callback import MeasuringCallback
+from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
 from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
 from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
 
@@ -12,13 +12,15 @@ class GammaHatCallback(MeasuringCallback):
 
     Adds `gamma_hat` and `gamma_hat_stderr` to the logs of each epoch, NaN for an epoch without a
     measurement. Put it before the callbacks that read them (`CSVLogger`, `TensorBoard`,
-    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`). It works with any
+    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`): a warning names those that
+    stand before it. It works with any
     `keras.Model`, and leaves the model, its optimizer and all seeds as they are.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
             `DataLoader` or another iterable of batches `(x, y)`: training data without
-            augmentation. The same examples are measured in each epoch.
+            augmentation. The same examples are measured in each epoch. Models of KerasHub
+            preprocess them, as they do what `fit` is given.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1, or `"auto"`. T, the trials averaged. Defaults to 10; the
             paper has 100.
@@ -69,6 +71,7 @@ class GammaHatCallback(MeasuringCallback):
         verbose: int = 0,
         relative_tolerance: float = 0.01,
     ):
+        check_one_tuple(data, num_examples)
         super().__init__(data, frequency, verbose)
         self.result = None
         self._settings = checked_settings(
@@ -96,6 +99,7 @@ class GammaHatCallback(MeasuringCallback):
         # In this order: on JAX Keras reattaches the state of `fit` wherever `self.model` is used.
         if not self._prepared and self.model.built:
             self._estimator.prepare()
+            self._estimator.warn_of_other_losses()
             self._prepared = True
 
     def measure(self):

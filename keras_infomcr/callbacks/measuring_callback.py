@@ -6,6 +6,16 @@ import time
 import keras
 
 from keras_infomcr import validation
+from keras_infomcr.callbacks.callbacks_of_fit import callbacks_of_fit
+from keras_infomcr.flatness.checks import warn
+
+# Callbacks of Keras that read all logs.
+_READERS = (
+    keras.callbacks.CSVLogger,
+    keras.callbacks.History,
+    keras.callbacks.RemoteMonitor,
+    keras.callbacks.TensorBoard,
+)
 
 
 class MeasuringCallback(keras.callbacks.Callback):
@@ -20,6 +30,7 @@ class MeasuringCallback(keras.callbacks.Callback):
     """
 
     names = ()
+    _examples = None
 
     def __init__(self, data, frequency, verbose):
         super().__init__()
@@ -34,14 +45,23 @@ class MeasuringCallback(keras.callbacks.Callback):
         raise NotImplementedError
 
     def examples(self):
-        """Return the data as `x` and `y`, which is `None` if `x` gives batches."""
-        if not isinstance(self.data, tuple):
-            return self.data, None
-        return keras.utils.unpack_x_y_sample_weight(self.data)[:2]
+        """Return the data, as the model sees them: `x` and `y`, `None` if `x` gives batches."""
+        if self._examples is None:
+            # KerasHub's models preprocess what `fit` is given by a method of this name.
+            preprocess = getattr(self.model, "preprocess_samples", _as_they_are)
+            if isinstance(self.data, tuple):
+                self._examples = _preprocessed(self.data, preprocess)[:2]
+            elif preprocess is _as_they_are:
+                self._examples = self.data, None
+            else:
+                self._examples = _PreprocessedBatches(self.data, preprocess), None
+        return self._examples
 
     def on_train_begin(self, logs=None):
         self._measured = False
         self._num_measured = 0
+        self._examples = None
+        self._warn_of_readers()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch_start = time.perf_counter()
@@ -59,6 +79,24 @@ class MeasuringCallback(keras.callbacks.Callback):
         # A callback after this one may have stopped training.
         if not self._measured and logs:
             self._measure(logs, "End of training")
+        self._examples = None
+
+    def _warn_of_readers(self):
+        """Warn of callbacks that read the logs before this one has written into them."""
+        callbacks = callbacks_of_fit(self) or []
+        before = callbacks[: next((i for i, c in enumerate(callbacks) if c is self), 0)]
+        blind = [
+            type(c).__name__
+            for c in before
+            if isinstance(c, _READERS) or getattr(c, "monitor", None) in self.names
+        ]
+        if blind:
+            ours = type(self).__name__
+            warn(
+                f"`{ours}` must stand before the callbacks that read what it logs. Received: "
+                f"callbacks={[type(c).__name__ for c in callbacks]}, in which {blind} will not "
+                f"see {list(self.names)}. Put `{ours}` first."
+            )
 
     def _measure(self, logs, when):
         start = time.perf_counter()
@@ -77,3 +115,38 @@ class MeasuringCallback(keras.callbacks.Callback):
         if self._num_measured == 2:
             share = 100 * seconds / epoch_seconds
             print(f"{', '.join(named)} takes {share:.1f} % of an epoch's time")
+
+
+def check_one_tuple(data, second):
+    """Refuse labels that were given as an argument of their own."""
+    if len(getattr(second, "shape", ())):
+        raise ValueError(
+            "`data` must be one tuple `(x, y)`. "
+            f"Received: data of type {type(data)}, and then an array of type {type(second)}. "
+            "Put parentheses around the two."
+        )
+
+
+class _PreprocessedBatches:
+    """Batches as the model sees them, preprocessed anew by each iteration."""
+
+    def __init__(self, batches, preprocess):
+        self._batches = batches
+        self._preprocess = preprocess
+
+    def __iter__(self):
+        batches = self._batches
+        if isinstance(batches, keras.utils.PyDataset):
+            batches = (batches[i] for i in range(batches.num_batches))
+        for batch in batches:
+            yield _preprocessed(batch, self._preprocess)
+
+
+def _preprocessed(data, preprocess):
+    return keras.utils.unpack_x_y_sample_weight(
+        preprocess(*keras.utils.unpack_x_y_sample_weight(data))
+    )
+
+
+def _as_they_are(*data):
+    return data

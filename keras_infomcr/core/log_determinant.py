@@ -40,9 +40,11 @@ def _cause_of_singularity(cosines, num_weights):
     parallel = np.argwhere(np.triu(np.abs(cosines) > 1 - 1e-6, k=1))
     if len(parallel):
         first, second = parallel[0]
+        repeated = len(np.unique(parallel[:, 1]))
         return (
-            f"examples {first} and {second} of the trial have parallel gradients: they are "
-            "duplicates, or look alike to the model"
+            f"{repeated} of the {size} examples of the trial have a gradient parallel to an "
+            f"earlier one's, such as examples {first} and {second}: they are duplicates, or look "
+            "alike to the model. Take duplicates out of the data, or lower `num_examples`"
         )
     return "the gradients of the examples are linearly dependent"
 

@@ -67,13 +67,23 @@ def kind_of_loss(model, outputs):
     losses = losses_of(model)
     single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
     loss = keras.losses.get(losses[0]) if single else None
-    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    name = _name(loss)
     usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
     if usual and name in ("sparsecategoricalcrossentropy", "categoricalcrossentropy"):
         return loss, "categorical"
     if usual and name == "binarycrossentropy" and math.prod(_only(outputs).shape[1:]) == 1:
         return loss, "binary"
     return loss, None
+
+
+def has_cross_entropy(model):
+    """Return whether a compiled loss of the model is a cross-entropy, by its name."""
+    losses = [keras.losses.get(x) for x in losses_of(model) if x is not None]
+    return any("crossentropy" in _name(loss) for loss in losses)
+
+
+def _name(loss):
+    return getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
 
 
 class CategoricalLogOdds:

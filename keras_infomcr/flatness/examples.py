@@ -48,7 +48,8 @@ def draw_trials(size, num_examples, num_trials, seed):
     if size < num_examples:
         raise ValueError(
             "`num_examples` must not exceed the number of examples in the data. "
-            f"Received: num_examples={num_examples}, {size} examples"
+            f"Received: num_examples={num_examples}, {size} examples. "
+            f"Use `num_examples={size}`, or give more data."
         )
     generator = np.random.default_rng(seed)
     per_pass = size // num_examples
@@ -59,6 +60,13 @@ def draw_trials(size, num_examples, num_trials, seed):
         for i in range(per_pass)
     ]
     return trials[:num_trials]
+
+
+def num_copies(x):
+    """Return how many examples of a structure of NumPy arrays repeat an earlier one."""
+    arrays = keras.tree.flatten(x)
+    size = len(arrays[0])
+    return size - len({tuple(a[i].tobytes() for a in arrays) for i in range(size)})
 
 
 def trial_batches(x, y, num_examples, num_trials, batch_size, seed):

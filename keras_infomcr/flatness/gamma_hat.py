@@ -66,8 +66,10 @@ def gamma_hat(
 
     over T trials of N' examples each. For cross-entropy it is computed from the log-odds m_i of
     the true classes, ln|xi| = 2 sum_i ln sigmoid(-m_i) + ln|G| with G the Gram matrix of the
-    grad m_i, which stays right when the losses vanish. Labels count by their largest entry. The
-    model, its state, its optimizer and all seeds are left as they are.
+    grad m_i, which stays right when the losses vanish. Labels count by their largest entry. Of
+    any other loss J holds the gradients of the loss itself, and a warning says that this is no
+    gamma-hat of a classifier. The model, its state, its optimizer and all seeds are left as they
+    are.
 
     Whatever the loss, l_i is the loss of the example alone, as Fisher information is that of
     -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
@@ -145,7 +147,7 @@ def checked_settings(
     """Return the settings of `gamma_hat`, or raise a `ValueError` if one is out of its range."""
     settings = dict(locals())
     validation.integer(minimum=1, num_examples=num_examples)
-    if num_trials != "auto":
+    if not isinstance(num_trials, str) or num_trials != "auto":
         validation.integer(minimum=1, num_trials=num_trials)
     validation.boolean(normalize_softmax=normalize_softmax, training=training)
     validation.positive(relative_tolerance=relative_tolerance, softmax_scale=softmax_scale)

@@ -9,10 +9,14 @@ from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
 from keras_infomcr.flatness.checks import check_built, check_compiled, warn
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.example_values import ExampleLoss, example_values
-from keras_infomcr.flatness.examples import draw_trials, read_examples
+from keras_infomcr.flatness.example_values import (
+    ExampleLoss,
+    example_values,
+    has_cross_entropy,
+)
+from keras_infomcr.flatness.examples import draw_trials, num_copies, read_examples
 from keras_infomcr.flatness.logits import predict_with_logits
-from keras_infomcr.flatness.shared import shared
+from keras_infomcr.flatness.shared import end_of_checks, shared
 from keras_infomcr.flatness.taps import Taps
 from keras_infomcr.flatness.trial_grams import TrialGrams
 from keras_infomcr.labels import check_labels
@@ -44,7 +48,7 @@ class GammaHatEstimator:
         self._settings = settings
         self._draw_trials(x, y)
         self._grams = None
-        self._warned = False
+        self._warned = self._warned_of_loss = False
 
     def _draw_trials(self, x, y):
         num_examples, count = self._settings["num_examples"], self._settings["num_trials"]
@@ -61,6 +65,7 @@ class GammaHatEstimator:
         """
         if self._grams is None:
             self.prepare()
+        self.warn_of_other_losses()
         parts = []
         for factors, grams in self._measured():
             log_loss = float(np.sum(factors))
@@ -68,11 +73,22 @@ class GammaHatEstimator:
             geometry, cause = log_determinant(gram, self._grams.epsilon, num_weights)
             if cause and not self._warned:
                 self._warned = True
-                warn(f"gamma_hat is not finite: {cause}.")
+                warn(f"gamma_hat is not finite: {cause}.{self._advice(cause)}")
             parts.append((log_loss, geometry))
             if self._settings["num_trials"] == "auto" and self._enough(np.sum(parts, axis=1)):
                 break
         return np.array(parts)
+
+    def _advice(self, cause):
+        """Return what to do about copies in the data where they make the determinant vanish."""
+        copies = num_copies(self._x) if "duplicates" in cause else 0
+        if not copies:
+            return ""
+        return (
+            f" The data hold {copies} copies of other examples among their "
+            f"{len(keras.tree.flatten(self._x)[0])}: keep the first of each, those of "
+            "`np.unique(x, axis=0, return_index=True)[1]`."
+        )
 
     def measure_layers(self):
         """Measure its layers as they are now.
@@ -82,6 +98,7 @@ class GammaHatEstimator:
         """
         if self._grams is None:
             self.prepare()
+        self.warn_of_other_losses()
         return np.array(
             [
                 [
@@ -116,6 +133,7 @@ class GammaHatEstimator:
 
     def _measured(self):
         """Yield the logarithms of (dl_i/dm_i)^2 and the Gram matrices of the grad m_i, by trial."""
+        end_of_checks()
         objective = Objective(self.model)
         context = objective.weights(), objective.state()
 
@@ -167,6 +185,17 @@ class GammaHatEstimator:
             taps.layers = []
         self._grams = TrialGrams(
             self.model, self._values, taps, num_examples, settings["training"], chunk_size
+        )
+
+    def warn_of_other_losses(self):
+        """Warn, once, of a loss that makes gamma-hat another quantity than the paper's."""
+        if self._warned_of_loss or has_cross_entropy(self.model):
+            return
+        self._warned_of_loss = True
+        warn(
+            "The loss is no cross-entropy, so that gamma_hat is ln|J J^T| of the gradients of the "
+            "loss itself. It is no gamma-hat of a classifier, and does not compare with one. "
+            f"Received: loss={self.model.loss!r}"
         )
 
     def _predict(self, taps, count):

@@ -16,7 +16,7 @@ from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.examples import trial_batches
 from keras_infomcr.flatness.logits import predict_with_logits
 from keras_infomcr.flatness.progress import progress_bar
-from keras_infomcr.flatness.shared import shared
+from keras_infomcr.flatness.shared import end_of_checks, shared
 from keras_infomcr.objective import Objective
 
 
@@ -119,6 +119,7 @@ class InputJacobian:
                 "The inputs must be floating-point numbers, to be differentiated by. "
                 f"Received: x of dtype {kinds[0]}. Cast images, or measure from embeddings on."
             )
+        end_of_checks()
         context = self._objective.weights(), self._objective.state()
         tensors = [ops.convert_to_tensor(a) for a in inputs]
         self._structure = keras.tree.map_structure(lambda a: 0, x)

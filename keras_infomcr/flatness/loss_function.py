@@ -13,6 +13,7 @@ from keras_infomcr import backend
 from keras_infomcr.flatness.checks import check_built, check_compiled, warn
 from keras_infomcr.flatness.compiled_loss import compiled_loss
 from keras_infomcr.flatness.logits import predict_with_logits
+from keras_infomcr.flatness.shared import end_of_checks
 from keras_infomcr.labels import check_labels, is_sparse
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
@@ -147,6 +148,7 @@ class LossFunction:
         Raises:
             ValueError: If a label stands for no class.
         """
+        end_of_checks()
         batches, lock = iter(data), threading.Lock()
 
         def share(device):

@@ -22,7 +22,9 @@ def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `result` is no `GammaHatByLayer`.
     """
+    _check_result(result, GammaHatByLayer, "gamma_hat_by_layer")
     if axes is None:
         axes = _new_axes(height=0.8 + 0.22 * len(result.layers))
     finite = np.isfinite(result.values)
@@ -52,7 +54,9 @@ def spectral_density(result: SpectralDensity, axes: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `result` is no `SpectralDensity`.
     """
+    _check_result(result, SpectralDensity, "hessian_spectral_density")
     if axes is None:
         axes = _new_axes(height=3.5)
     floor = 0.01 / (result.num_weights * result.width)
@@ -64,6 +68,15 @@ def spectral_density(result: SpectralDensity, axes: Any = None) -> Any:
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_ylabel("fraction of the eigenvalues per unit")
     return axes
+
+
+def _check_result(result, kind, measure):
+    if not isinstance(result, kind):
+        raise TypeError(
+            f"`result` must be a `{kind.__name__}`. "
+            f"Received: result={result!r} (of type {type(result)}). "
+            f"Pass what `{measure}(model, x, y)` returns."
+        )
 
 
 def _new_axes(height):

@@ -1,4 +1,4 @@
-"""What is compiled once for many measurements of one model."""
+"""What one model's measurements share: what is compiled once, and a check without a result."""
 
 import contextlib
 import threading
@@ -14,6 +14,28 @@ def sharing(kept):
         yield
     finally:
         _here.kept = before
+
+
+class _Checked(Exception):
+    """Ends a measure that is to check its arguments alone."""
+
+
+@contextlib.contextmanager
+def only_checking():
+    """Let a measure called in this context end without a result where it begins to compute."""
+    _here.only_checking = True
+    try:
+        yield
+    except _Checked:
+        pass
+    finally:
+        _here.only_checking = False
+
+
+def end_of_checks():
+    """Say that a measure has checked what it was given and begins to compute."""
+    if getattr(_here, "only_checking", False):
+        raise _Checked
 
 
 def shared(name, make, model, *data):

@@ -11,11 +11,8 @@ from keras_infomcr import backend, labels, objective, regularizers, validation
 from keras_infomcr.models.file_of_chief import file_of_chief
 from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
+from keras_infomcr.models.progress_bar import ProgressBar
 from keras_infomcr.models.train_step import train_step
-
-_NOT_CALLED_WHEN_WRAPPED = (
-    "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics",
-)  # fmt: skip
 
 
 @keras.saving.register_keras_serializable("keras_infomcr")
@@ -26,7 +23,7 @@ class RegularizedModel(keras.Model):
     with `call()`, a subclass that calls `super().__init__(inputs=..., outputs=...)`; or
     `RegularizedModel.from_model(model)`. It differs in its training step alone, and in one
     argument of `compile`. In the logs of `fit`, `infomcr_reg` is the value of the regulariser, the
-    mean over the epoch, NaN while the gate was closed.
+    mean over the epoch, NaN while the gate was closed (the progress bar leaves it out then).
 
     Attributes:
         regularizer: The `keras_infomcr.regularizers.Regularizer` given to `compile`, or `None`.
@@ -64,8 +61,16 @@ class RegularizedModel(keras.Model):
         return model
 
     def __init__(self, *args, **kwargs):  # Keras looks for just these two names
-        if _is_functional(args, kwargs) and not isinstance(self, Functional):
-            _make_functional(type(self))
+        if _is_functional(args, kwargs):
+            if not isinstance(self, Functional):
+                _make_functional(type(self))
+        elif len(args) == 1 and isinstance(args[0], (keras.Layer, list, tuple)):
+            raise TypeError(
+                "A `RegularizedModel` is made of inputs and outputs. "
+                f"Received: {args[0]!r} (of type {type(args[0])}). Call "
+                "`RegularizedModel.from_model(model)` on a `keras.Model`, or on "
+                "`keras.Sequential(layers)`."
+            )
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -83,9 +88,9 @@ class RegularizedModel(keras.Model):
 
         Raises:
             TypeError: If `model` is not a `keras.Model`.
-            ValueError: If its class overrides a method that the regularised model would not
-                call: `train_step`, `test_step`, `predict_step`, `compute_loss` or
-                `compute_metrics`.
+            ValueError: If it overrides what `fit`, `evaluate` and `predict` depend on and the
+                regularised model would not call, such as `train_step`, `compute_loss`, `compile`
+                or `fit` itself. `call` and `build` may be overridden.
         """
         if not isinstance(model, keras.Model):
             raise TypeError(
@@ -94,19 +99,13 @@ class RegularizedModel(keras.Model):
             )
         if isinstance(model, RegularizedModel):
             return model
+        from keras_infomcr.models.wrapped_model import WrappedModel, check_overrides  # a subclass
+
+        check_overrides(model)
         if type(model) is Functional:
             return RegularizedModel(model.input, model.output, name=model.name)
         if type(model) is keras.Sequential and len(getattr(model, "outputs", [])) == 1:
             return RegularizedModel(model.inputs[0], model.outputs[0], name=model.name)
-        for method in _NOT_CALLED_WHEN_WRAPPED:
-            if getattr(type(model), method) is not getattr(keras.Model, method):
-                raise ValueError(
-                    f"`model` must not override `{method}`, which would not be called. "
-                    f"Received: model={model!r} (of type {type(model)}). "
-                    "Derive its class from `RegularizedModel` instead of `keras.Model`."
-                )
-        from keras_infomcr.models.wrapped_model import WrappedModel  # which derives from this
-
         return WrappedModel(model)
 
     def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
@@ -119,8 +118,14 @@ class RegularizedModel(keras.Model):
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
-            ValueError: If `regularizer` is none of these.
+            ValueError: If `regularizer` is none of these, or the model has no layers.
         """
+        if type(self) is RegularizedModel:
+            raise ValueError(
+                "The model must have layers. Received: a `RegularizedModel` without inputs and "
+                "outputs. Make it by `RegularizedModel(inputs, outputs)`, by "
+                "`RegularizedModel.from_model(model)`, or as a subclass with `call`."
+            )
         regularizer = regularizers.get(regularizer)
         super().compile(*args, **kwargs)
         backend.agree_on_overflow(self.optimizer)
@@ -246,7 +251,7 @@ class RegularizedModel(keras.Model):
         if self._regularizer is not None:
             if kwargs.get("sample_weight") is None:  # by which examples may be left out
                 labels.check_labels(self, y)
-            callbacks = _with_log(callbacks, LogRegularizer(self._monitor))
+            callbacks = _with_log(callbacks, LogRegularizer(self._monitor), verbose)
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     @property
@@ -310,8 +315,8 @@ def _make_functional(cls):
     cls.__bases__ = bases if RegularizedFunctional in bases else (*bases, RegularizedFunctional)
 
 
-def _with_log(callbacks, log):
-    """Put a callback before the user's, so that theirs see what it writes."""
+def _with_log(callbacks, log, verbose):
+    """Put a callback before the user's, which see what it writes, and a progress bar after them."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         log.set_params(callbacks.params)
         log.set_model(callbacks.model)
@@ -319,4 +324,7 @@ def _with_log(callbacks, log):
             log, *(x for x in callbacks.callbacks if not isinstance(x, LogRegularizer))
         ]  # fmt: skip
         return callbacks
-    return [log, *keras.tree.flatten(callbacks or [])]
+    callbacks = keras.tree.flatten(callbacks or [])
+    has_bar = any(isinstance(x, keras.callbacks.ProgbarLogger) for x in callbacks)
+    bar = [ProgressBar(log.monitor)] if verbose != 0 and not has_bar else []
+    return [log, *callbacks, *bar]

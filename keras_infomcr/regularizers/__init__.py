@@ -27,9 +27,14 @@ def get(identifier):
         return identifier
     if isinstance(identifier, str) and identifier in _BY_NAME:
         return _BY_NAME[identifier]()
+    found = identifier
     if isinstance(identifier, dict):
-        return get(keras.saving.deserialize_keras_object(identifier))
+        found = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(found, Regularizer):
+            return found
+    is_class = isinstance(found, type) and issubclass(found, Regularizer)
     raise ValueError(
         f"`regularizer` must be a `Regularizer` instance, `None` or one of {sorted(_BY_NAME)}. "
         f"Received: regularizer={identifier!r} (of type {type(identifier)})"
+        + (f". Pass an instance of the class, `{found.__name__}(...)`." if is_class else "")
     )

@@ -71,6 +71,10 @@ class Regularizer(abc.ABC):
     def get_config(self):
         """Return the constructor's arguments as a dictionary."""
 
+    def __repr__(self):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
     @classmethod
     def from_config(cls, config):
         """Make a regulariser from what `get_config` returned."""

@@ -180,6 +180,8 @@ def test_model_under_a_distribution_strategy(data, mirrored):
     [
         ([], "`measures` must be a list of names or functions, not empty"),
         ("hessian_trace", "`measures` must be a list of names or functions"),
+        (hessian_trace, "`measures` must be a list of names or functions"),
+        ({"hessian_trace"}, "`measures` must be a list of names or functions"),
         (["flatness"], "some of the names .*'hessian_trace'.*Received: 'flatness'"),
         (["pac_bayes_bound"], "some of the names"),
         (["hessian_spectral_density"], "some of the names"),
@@ -218,6 +220,85 @@ def test_measures_of_other_models_and_data_are_their_own(data):
     for function in (TRACE, of_other, of_few, of_more):
         name = getattr(function, "__name__", "hessian_trace")
         assert logs[name][-1] == pytest.approx(function(model, x, y).value, rel=1e-5)
+
+
+SUM = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("measure", "loss", "error", "message"),
+    [
+        *(
+            (name, None, ValueError, rf"Received: '{name}', .*num_examples=100, 20 examples")
+            for name in ("fisher_trace", "fisher_spectral_radius", "gamma", "gamma_hat")
+        ),
+        (functools.partial(fisher_trace, num_examples=30), None, ValueError,
+         r"Use `num_examples=20`.*Its arguments are set by `functools\.partial\(fisher_trace, "),
+        (functools.partial(hessian_trace, num_examples=21), None, ValueError,
+         "num_examples=21, 20 examples"),
+        (functools.partial(hessian_trace, num_products=0), None, ValueError, "`num_products` must"),
+        (functools.partial(hessian_trace, num_product=3), None, TypeError, "num_product"),
+        (functools.partial(fisher_trace, chunk=3), None, TypeError, "chunk"),
+        (functools.partial(fisher_trace, num_examples=5, training=True), "mse", ValueError,
+         "`training` must be `False`"),
+        ("hessian_spectral_radius", SUM, ValueError, "must be a mean over the examples"),
+        ("local_energy", SUM, ValueError, "must be a mean over the examples"),
+        ("adaptive_sharpness", SUM, ValueError, "must be a mean over the examples"),
+    ],
+    ids=lambda value: str(getattr(value, "keywords", value))[:20],
+)  # fmt: skip
+def test_what_a_measure_refuses_is_said_before_training(data, measure, loss, error, message):
+    model = classifier()
+    if loss is not None:
+        model.compile("sgd", loss)
+    with pytest.raises(error, match=message):
+        fit(model, data, measure, frequency=5)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_labels_are_checked_before_training(data):
+    x, y = data
+    measure = functools.partial(fisher_trace, num_examples=5)
+    model = classifier()
+    callbacks = [FlatnessCallback((x, y + 3), [measure], frequency=5)]
+    with pytest.raises(ValueError, match=r"`measures` must fit .*`y` must hold integers from 0 to"):
+        model.fit(x, y, callbacks=callbacks, verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_measures_of_a_model_that_is_not_built_are_checked_as_soon_as_it_is(data):
+    model = keras.Sequential([layers.Dense(NUM_CLASSES)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(ValueError, match="num_examples=100, 20 examples"):
+        fit(model, data, "fisher_trace", frequency=5)
+    # TensorFlow builds it in the first step, the others before.
+    assert int(model.optimizer.iterations) == (1 if BACKEND == "tensorflow" else 0)
+
+
+def test_checking_computes_nothing(data, monkeypatch):
+    """Neither do functions of the user run, nor do results come before the first epoch's end."""
+    calls, seen = [], []
+
+    def of_user(model, x, y):
+        calls.append(1)
+        return count_of_weights(model, x, y)
+
+    class See(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            seen.append((dict(callback.results), len(calls)))
+
+    few = functools.partial(fisher_trace, num_examples=5)
+    callback = FlatnessCallback(data, [of_user, TRACE, few, "input_jacobian_norm", "local_energy"])
+    classifier().fit(*data, batch_size=20, callbacks=[callback, See()], verbose=0)
+    assert seen == [({}, 0)]
+    assert len(calls) == 1 and len(callback.results) == 5
+
+
+def test_a_callback_that_reads_the_logs_too_early_is_named(data):
+    early = keras.callbacks.EarlyStopping("hessian_trace", mode="min")
+    message = r"`FlatnessCallback` must stand before .*\['EarlyStopping'\] will not see \['hessian_"
+    with pytest.raises(UserWarning, match=message):  # warnings are errors here
+        classifier().fit(*data, callbacks=[early, FlatnessCallback(data, [TRACE])], verbose=0)
 
 
 def test_data_are_checked_before_training(data):

@@ -14,7 +14,8 @@ from frameworks import BACKEND, array, global_random_number
 from keras import layers
 
 from keras_infomcr import GammaHatCallback, RegularizedModel
-from keras_infomcr.flatness import GammaHat, gamma_hat
+from keras_infomcr.callbacks import FlatnessCallback
+from keras_infomcr.flatness import GammaHat, gamma_hat, hessian_trace
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 NUM_CLASSES = 4
@@ -173,6 +174,7 @@ def test_no_epoch_no_measurement(data):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_second_run_and_recompiled_model(data):
     x, y = data
     model = classifier()
@@ -213,6 +215,33 @@ def best_of(path):
         save_best_only=True,
         save_weights_only=True,
     )
+
+
+READERS = {
+    "CSVLogger": lambda path: keras.callbacks.CSVLogger(path / "log.csv"),
+    "TensorBoard": lambda path: keras.callbacks.TensorBoard(path),
+    "History": lambda path: keras.callbacks.History(),
+    "EarlyStopping": lambda path: keras.callbacks.EarlyStopping("gamma_hat", mode="min"),
+    "ModelCheckpoint": best_of,
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", READERS)
+def test_a_callback_that_reads_the_logs_too_early_is_named(data, tmp_path, name):
+    if name == "TensorBoard":
+        pytest.importorskip("tensorboard")
+    model, reader = classifier(), READERS[name](tmp_path)
+    callbacks = [reader, GammaHatCallback(data, **DRAW)]
+    message = rf"must stand before .* in which \['{name}'\] will not see \['gamma_hat', .* first\."
+    with pytest.raises(UserWarning, match=message):  # warnings are errors here
+        model.fit(*data, callbacks=callbacks, verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_no_warning_of_callbacks_that_read_something_else(data):
+    before = [keras.callbacks.EarlyStopping("loss"), Stop(9), GammaHatCallback(data, **DRAW)]
+    classifier().fit(*data, callbacks=[*before, Record()], verbose=0)
 
 
 @pytest.fixture
@@ -262,7 +291,8 @@ def test_infinite_value_is_logged_with_one_warning(data):
     assert history["gamma_hat"] == [-math.inf] * 3
     assert all(map(math.isnan, history["gamma_hat_stderr"]))
     assert len(caught) == 1, [str(w.message) for w in caught]
-    assert "gamma_hat is not finite: examples 0 and 1 of the trial" in str(caught[0].message)
+    assert "gamma_hat is not finite: 4 of the 5 examples of the trial" in str(caught[0].message)
+    assert "The data hold 19 copies of other examples among their 20" in str(caught[0].message)
 
 
 def test_diverged_training_is_logged_as_nan(data):
@@ -366,7 +396,67 @@ def test_training_is_the_same_to_the_bit_with_and_without(data, base, ours, trai
     np.testing.assert_equal(*results)
 
 
+class Halved(keras.Model):
+    """Preprocesses in `fit`, `evaluate` and `predict`, as the tasks of KerasHub do."""
+
+    def __init__(self):
+        inputs = keras.Input((6,))
+        super().__init__(inputs, layers.Dense(NUM_CLASSES)(inputs))
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        x = np.asarray(x["of_users"]) / 2
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+    def fit(self, x, y, **kwargs):
+        return super().fit(*self.preprocess_samples(x, y), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: ({"of_users": x}, y),
+        lambda x, y: ({"of_users": x}, y, np.ones(20)),
+        lambda x, y: [({"of_users": x[:8]}, y[:8]), ({"of_users": x[8:]}, y[8:])],
+    ],
+    ids=["arrays", "weighted", "batches"],
+)
+def test_a_model_that_preprocesses_its_data_is_measured_on_what_it_sees(data, make):
+    x, y = data
+    model = compiled(Halved(), keras.optimizers.SGD(0.0))
+    settings = {"num_examples": 10, "num_trials": 2}  # all of the data
+    gamma, trace = (
+        GammaHatCallback(make(x, y), **settings),
+        FlatnessCallback(make(x, y), ["hessian_trace"]),
+    )
+    model.fit({"of_users": x}, y, epochs=2, callbacks=[gamma, trace], verbose=0)
+    expected = gamma_hat(model, x / 2, y, seed=0, **settings)
+    # The same numbers through the same graph.
+    np.testing.assert_allclose(gamma.result.trials, expected.trials, rtol=1e-6)
+    expected = hessian_trace(model, x / 2, y, seed=0).value
+    # Batches of 8 and 12 are added up in another order than one of 20.
+    assert trace.results["hessian_trace"].value == pytest.approx(expected, rel=1e-5)
+
+
 # ---------------------------------------------------------------- errors
+
+
+def test_data_and_labels_in_two_arguments(data):
+    message = r"`data` must be one tuple `\(x, y\)`\. Received: data of type .* Put parentheses"
+    for labels in (data[1], array(data[1])):
+        with pytest.raises(ValueError, match=message):
+            GammaHatCallback(data[0], labels)
+        with pytest.raises(ValueError, match=message):
+            FlatnessCallback(data[0], labels, ["hessian_trace"])
+
+
+def test_a_loss_that_is_no_cross_entropy_is_told_at_the_beginning(data):
+    model = classifier()
+    model.compile("sgd", "mse")
+    with pytest.raises(UserWarning, match="It is no gamma-hat of a classifier"):
+        model.fit(data[0], np.eye(NUM_CLASSES)[data[1]], callbacks=[
+            GammaHatCallback((data[0], np.eye(NUM_CLASSES)[data[1]]), **DRAW)
+        ])  # fmt: skip
+    assert int(model.optimizer.iterations) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The gate opens before exactly the batch that first uses a lower learning rate."""
 
+import re
 import types
 
 import keras
@@ -10,6 +11,7 @@ from keras import layers
 from keras.optimizers import schedules
 
 from keras_infomcr import RegularizedModel, StartRegAfterLRDrop
+from keras_infomcr.callbacks import FlatnessCallback, RegularizationSchedule
 from keras_infomcr.regularizers import Regularizer, SubBatchPerturbation
 
 X = np.random.default_rng(1).normal(size=(8, 3)).astype("float32")
@@ -103,7 +105,7 @@ def fit(model, callbacks, epochs=4, **kwargs):
     return model.fit(X, Y, callbacks=callbacks, **kwargs)
 
 
-def first_drop(ratio=0.99):
+def first_drop(ratio=0.75):
     """Return the first step whose rate lies below `ratio` times the highest before it."""
     return next(i for i, rate in enumerate(RATES) if rate < ratio * max(RATES[: i + 1]))
 
@@ -156,7 +158,7 @@ MECHANISMS = {
         None,
         3,
     ),
-    "ExponentialDecay": (lambda: RecordingSGD(schedules.ExponentialDecay(0.1, 4, 0.9)), None, 1),
+    "ExponentialDecay": (lambda: RecordingSGD(schedules.ExponentialDecay(0.1, 4, 0.5)), None, 2),
     "ExponentialDecay, staircase": (
         lambda: RecordingSGD(schedules.ExponentialDecay(0.1, 5, 0.5, staircase=True)),
         None,
@@ -167,7 +169,7 @@ MECHANISMS = {
             schedules.CosineDecay(0.0, decay_steps=4, warmup_target=0.1, warmup_steps=2)
         ),
         None,
-        3,
+        4,
     ),
     "LossScaleOptimizer, ReduceLROnPlateau": (lambda: scaled(0.1), plateau, 4),
     "LossScaleOptimizer, PiecewiseConstantDecay": (
@@ -203,6 +205,42 @@ def test_stays_open_when_the_rate_rises_again():
     rates = keras.callbacks.LearningRateScheduler(lambda epoch: [0.1, 0.01, 1.0][epoch])
     fit(model, [rates, StartRegAfterLRDrop()], epochs=3)
     assert_opened_at(STEPS)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.2, 0.5])
+def test_by_default_the_usual_steps_open_it_at_once(factor):
+    model = compiled(0.1)
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 * factor ** (epoch // 2))
+    fit(model, [rates, StartRegAfterLRDrop()])
+    assert_opened_at(2 * STEPS)
+
+
+@pytest.mark.parametrize(
+    ("rate", "share"),
+    [
+        # (1 + cos(pi t)) / 2 = 3/4 at t = 1/3; 1 - t at t = 1/4.
+        (schedules.CosineDecay(0.1, decay_steps=24), 1 / 3),
+        (schedules.PolynomialDecay(0.1, decay_steps=24, end_learning_rate=0.0), 1 / 4),
+        # 0.9^2 = 0.81, 0.9^3 = 0.729.
+        (schedules.ExponentialDecay(0.1, 2, 0.9, staircase=True), 6 / 24),
+    ],
+    ids=["cosine", "linear", "steps of 0.9"],
+)
+def test_by_default_smooth_decays_open_it_in_mid_training(rate, share):
+    """At the first step after that share of the course, the step of that share itself included.
+
+    There the rate is the limit itself, and rounding decides.
+    """
+    model = functional()
+    model.compile(keras.optimizers.SGD(rate), "mse", regularizer=Spy())
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(model.regularizer_active)
+    )
+    fit(model, [StartRegAfterLRDrop(), note], epochs=12)
+    assert len(seen) == 24
+    assert seen.index(True) - round(24 * share) in (0, 1)
+    assert all(seen[seen.index(True) :])
 
 
 @pytest.mark.parametrize(("ratio", "step"), [(1.0, 2), (0.99, 4), (0.85, 4), (0.75, 6)])
@@ -276,8 +314,16 @@ def test_steps_per_execution(boundary, batch):
 
 def test_verbose_prints_one_line(capsys):
     fit(compiled(0.1), [scheduler(), StartRegAfterLRDrop(verbose=1)])
-    expected = "Epoch 3: the regulariser starts. Learning rate 0.01, highest before 0.1.\n"
-    assert capsys.readouterr().out == expected
+    out = capsys.readouterr().out
+    start = "Epoch 3: the regulariser starts. Learning rate 0.01: "
+    assert out == start + "it has fallen below 0.75 of its peak 0.1.\n"
+
+
+def test_verbose_says_that_the_epoch_has_come(capsys):
+    fit(compiled(0.1), [StartRegAfterLRDrop(start_epoch=1, verbose=1)])
+    out = capsys.readouterr().out
+    start = "Epoch 2: the regulariser starts. Learning rate 0.1: "
+    assert out == start + "start_epoch=1 has come, its peak is 0.1.\n"
 
 
 def test_quiet_by_default(capsys):
@@ -285,7 +331,7 @@ def test_quiet_by_default(capsys):
     assert capsys.readouterr().out == ""
 
 
-NEVER = r"never started: .* below `ratio` times its peak\. Received: ratio=0\.99, start_epoch=None"
+NEVER = r"never started: .* below `ratio` times its peak\. Received: ratio=0\.75, start_epoch=None"
 
 
 @pytest.mark.parametrize("rates", [[0.1, 0.1], [0.01, 0.1]])
@@ -296,6 +342,107 @@ def test_warns_at_the_end_if_it_never_opened(rates):
         fit(model, [callback, StartRegAfterLRDrop()], epochs=2)
     assert_opened_at(2 * STEPS)
     assert not model.regularizer_active
+
+
+ALWAYS = r"will never start in this `fit`: the learning rate is constant, .* Received: ratio=0\.75"
+
+
+def at_constant_rate(
+    callbacks, optimizer=lambda: keras.optimizers.SGD(0.1), make=functional, **settings
+):
+    """Train two epochs in which the gate never opens; return the model."""
+    model = make()
+    model.compile(optimizer(), "mse", regularizer=Spy())
+    return model, lambda: fit(model, [*callbacks, StartRegAfterLRDrop(**settings)], epochs=2)
+
+
+def of_keras(path):
+    return [
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.EarlyStopping("loss"),
+        keras.callbacks.ModelCheckpoint(path / "model.weights.h5", save_weights_only=True),
+        RegularizationSchedule(lambda epoch: 1.0),
+        FlatnessCallback((X, Y), ["hessian_trace"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings"),
+    [
+        (lambda path: [], {}),
+        (of_keras, {}),
+        (lambda path: [], {"start_epoch": 2}),
+        (
+            lambda path: [],
+            {"optimizer": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())},
+        ),
+        (lambda path: [], {"make": wrapped}),
+    ],
+    ids=["alone", "beside others", "start_epoch after the end", "LossScaleOptimizer", "wrapped"],
+)
+def test_says_at_the_beginning_that_nothing_will_open_it(callbacks, settings, tmp_path):
+    """Warnings are errors here: this one ends training before the first step."""
+    model, train = at_constant_rate(callbacks(tmp_path), **settings)
+    with pytest.raises(UserWarning, match=ALWAYS):
+        train()
+    assert int(model.optimizer.iterations) == 0
+
+
+class Idle(keras.callbacks.Callback):
+    """Could do anything."""
+
+
+class OwnStep(RegularizedModel):
+    """May set the rate in its step."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(1)
+
+    def call(self, inputs):
+        return self.out(inputs)
+
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+class OwnSGD(keras.optimizers.SGD):
+    """May change its rate."""
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings"),
+    [
+        ([keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)], {}),
+        ([keras.callbacks.ReduceLROnPlateau("loss", patience=9)], {}),
+        ([keras.callbacks.LambdaCallback()], {}),
+        ([Idle()], {}),
+        ([], {"optimizer": lambda: keras.optimizers.SGD(schedules.CosineDecay(0.1, 1000))}),
+        ([], {"optimizer": lambda: OwnSGD(0.1)}),
+        ([], {"make": OwnStep}),
+    ],
+    ids=["scheduler", "plateau", "lambda", "user's", "schedule", "optimizer", "train_step"],
+)
+def test_says_nothing_at_the_beginning_where_the_rate_may_fall(callbacks, settings):
+    _, train = at_constant_rate(callbacks, **settings)
+    with pytest.warns(UserWarning, match=NEVER):  # at the end; another one would be an error
+        train()
+
+
+def test_says_it_at_the_beginning_and_at_the_end():
+    _, train = at_constant_rate([])
+    with pytest.warns(UserWarning) as caught:
+        train()
+    messages = (str(w.message) for w in caught if w.category is UserWarning)
+    first, last = (m for m in messages if m.startswith("The regulariser"))
+    assert re.search(ALWAYS, first) and re.search(NEVER, last)
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_says_nothing_where_the_epoch_will_come(start_epoch):
+    model, train = at_constant_rate([], start_epoch=start_epoch)
+    train()
+    assert model.regularizer_active
 
 
 @pytest.mark.parametrize("epochs", [0, 2])

@@ -104,9 +104,18 @@ def test_parallel_rows(rng, size, factor):
     value, cause = log_determinant(gram_of(rows), EPSILON64, 500)
     assert value == -np.inf
     assert cause == (
-        "examples 1 and 2 of the trial have parallel gradients: they are duplicates, or look "
-        "alike to the model"
+        f"1 of the {size} examples of the trial have a gradient parallel to an earlier one's, "
+        "such as examples 1 and 2: they are duplicates, or look alike to the model. Take "
+        "duplicates out of the data, or lower `num_examples`"
     )
+
+
+def test_each_example_that_repeats_an_earlier_one_counts_once(rng):
+    rows = rng.normal(size=(9, 500))
+    rows[[3, 4, 8]] = rows[0], -2 * rows[0], rows[5]
+    _, cause = log_determinant(gram_of(rows), EPSILON64, 500)
+    assert cause.startswith("3 of the 9 examples of the trial have a gradient parallel")
+    assert "such as examples 0 and 3:" in cause
 
 
 @pytest.mark.parametrize("size", [3, 30, 100])

@@ -254,12 +254,61 @@ def test_a_finished_run_may_be_resumed(command, tmp_path):
         (["--learning-rates", "0.1"], "one more than --boundaries. Received: [0.1] and [60"),
         (["--boundaries", "9", "5", "7"], "must not decrease. Received: [9, 5, 7]"),
         (["--epochs", "1"], "an epoch to regularise. Received: --regularize 011, --epochs 1, --b"),
+        (["--epochs", "1"], "Take more epochs, or pass --regularize 111 to regularise all of them"),
+        (
+            ["--epochs", "1", "--regularize", "after-drop"],
+            "Received: --regularize after-drop, --ep",
+        ),
         (["--network", "resnet-21"], "invalid choice: 'resnet-21'"),
     ],
 )
 def test_wrong_settings_get_clear_errors(arguments, message, capsys):
     with pytest.raises(SystemExit):
         train_cifar10.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_one_epoch_can_be_regularised_from_its_first_step_or_never():
+    for rule in ("111", "100", "never"):
+        assert train_cifar10.parse(["--epochs", "1", "--regularize", rule]).epochs == 1
+
+
+@pytest.mark.parametrize("script", [train_cifar10, evaluate_gamma])
+def test_data_that_cannot_be_read_end_a_script_with_a_line(script, data, tmp_path):
+    models = [str(data)] if script is evaluate_gamma else ["--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"--data nowhere.npz: .* which is no file"):
+        script.main([*models, "--data", "nowhere.npz"])
+    with pytest.raises(SystemExit, match=r"`num_train` must be from 1 to 128, .* num_train=500"):
+        script.main([*models, "--data", str(data), "--num-train", "500"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_examples_than_images_end_the_comparison_with_a_line(data):
+    message = r"Received: --num-examples 129, 128 images\. Pass --num-examples 128\."
+    with pytest.raises(SystemExit, match=message):
+        evaluate_gamma.main([str(data), "--data", str(data), "--num-examples", "129"])
+
+
+def test_a_file_that_is_no_model_ends_the_comparison_with_a_line(data):
+    with pytest.raises(SystemExit, match=r"data\.npz could not be loaded as a model: "):
+        evaluate_gamma.main([str(data), "--data", str(data)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["nowhere.keras"],
+            "models must be .keras files. Received: nowhere.keras, which is no file",
+        ),
+        ([__file__, "--scale", "0"], "must be a number greater than 0. Received: 0"),
+        ([__file__, "--scale", "a"], "must be a number greater than 0. Received: a"),
+        ([__file__, "--num-trials", "0"], "must be an integer of at least 1. Received: 0"),
+    ],
+)
+def test_wrong_settings_of_the_comparison_get_clear_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_gamma.parse(arguments)
     assert message in capsys.readouterr().err
 
 

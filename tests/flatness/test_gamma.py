@@ -120,3 +120,13 @@ def test_automatic_trials_read_no_more_than_a_hundred(data):
 def test_bad_tolerances(data, value):
     with pytest.raises(ValueError, match="`relative_tolerance` must be a finite number"):
         gamma_hat(classifier(), *data, relative_tolerance=value)
+
+
+@pytest.mark.parametrize(
+    ("draw", "kind"),
+    [(plot.gamma_hat_by_layer, "GammaHatByLayer"), (plot.spectral_density, "SpectralDensity")],
+)
+def test_pictures_of_another_result_are_refused(data, draw, kind):
+    result = gamma_hat(classifier(), *data, num_examples=4, num_trials=1)
+    with pytest.raises(TypeError, match=rf"`result` must be a `{kind}`\. Received: result=GammaH"):
+        draw(result)

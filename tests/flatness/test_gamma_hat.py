@@ -247,6 +247,10 @@ def fourth_power(y_true, y_pred):
     return keras.ops.mean((y_true - y_pred) ** 4, axis=-1)
 
 
+of_other_losses = pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
+
+
+@of_other_losses
 @pytest.mark.parametrize(
     ("loss", "losses_of", "base"),
     [
@@ -892,9 +896,46 @@ def test_duplicate_examples(data, training):
     assert math.isnan(result.stderr)
     assert np.isfinite(result.log_loss_part)
     assert re.fullmatch(
-        r"gamma_hat is not finite: examples \d and \d of the trial have parallel gradients: they "
-        r"are duplicates, or look alike to the model\.",
+        r"gamma_hat is not finite: \d of the 6 examples of the trial have a gradient parallel to "
+        r"an earlier one's, such as examples \d and \d: they are duplicates, or look alike to the "
+        r"model\. Take duplicates out of the data, or lower `num_examples`\. The data hold 8 "
+        r"copies of other examples among their 12: keep the first of each, those of "
+        r"`np\.unique\(x, axis=0, return_index=True\)\[1\]`\.",
         message,
+    )
+
+
+def test_the_advice_on_duplicates_makes_it_finite(data):
+    x, y = np.repeat(data[0][:4], 3, axis=0), np.repeat(data[1][:4], 3)
+    kept = np.unique(x, axis=0, return_index=True)[1]
+    settings = {"num_examples": 4, "num_trials": 1}
+    assert np.isfinite(gamma_hat(classifier(), x[kept], y[kept], **settings).value)
+
+
+def test_examples_that_only_look_alike_are_no_copies(data):
+    """The model cuts off what differs between them."""
+    x, y = np.repeat(data[0][:1], 12, axis=0), np.zeros(12)
+    x[:, 0] = np.arange(12)
+    cut = layers.Reshape((6, 1)), layers.Cropping1D((1, 0)), layers.Flatten()
+    model = sequential(*cut, layers.Dense(NUM_CLASSES))
+    _, message = measure_and_catch(model, x, y)
+    assert "look alike to the model" in message and "copies" not in message
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_too_few_examples_are_told_how_many_to_ask_for(data, size):
+    x, y = data[0][:size], data[1][:size]
+    message = rf"Received: num_examples=4, {size} examples. Use `num_examples={size}`, or give more"
+    with pytest.raises(ValueError, match=message):
+        gamma_hat(classifier(), x, y, num_examples=4)
+
+
+def test_a_loss_that_is_no_cross_entropy_is_no_gamma_hat_of_a_classifier(data):
+    _, message = measure_and_catch(classifier(loss="mse"), data[0], np.eye(NUM_CLASSES)[data[1]])
+    assert message == (
+        "The loss is no cross-entropy, so that gamma_hat is ln|J J^T| of the gradients of the "
+        "loss itself. It is no gamma-hat of a classifier, and does not compare with one. "
+        "Received: loss='mse'"
     )
 
 
@@ -944,11 +985,14 @@ def test_examples_without_gradient(data):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(("loss", "training"), [(None, False), (None, True), ("mse", False)])
+@pytest.mark.parametrize(
+    ("loss", "training"),
+    [(None, False), (None, True), ("categorical_focal_crossentropy", False)],
+)
 def test_weights_that_are_not_finite(data, bad, loss, training):
     model = classifier(loss=loss)
     model.layers[0].kernel.assign(np.full((6, 8), bad))
-    y = np.eye(NUM_CLASSES)[data[1]] if loss == "mse" else data[1]
+    y = np.eye(NUM_CLASSES)[data[1]] if loss else data[1]
     result, message = measure_and_catch(model, data[0], y, training=training)
     assert math.isnan(result.value) and math.isnan(result.stderr)
     assert message.startswith("gamma_hat is not finite: gradients are not finite (examples ")

@@ -575,15 +575,118 @@ def test_from_model_of_no_model(model):
         RegularizedModel.from_model(model)
 
 
-@pytest.mark.parametrize(
-    "method", ["train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"]
-)
+METHODS = [
+    *("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"),
+    *("fit", "evaluate", "predict", "compile", "reset_metrics", "get_metrics_result"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch", "stateless_compute_loss"),
+    *("make_train_function", "make_test_function", "make_predict_function"),
+]
+PROPERTIES = ["metrics", "losses", "trainable_variables", "non_trainable_variables"]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PROPERTIES])
 @pytest.mark.parametrize("make", [make_subclass, make_functional_subclass])
-def test_from_model_of_a_model_with_a_step_of_its_own(method, make):
-    override = getattr(keras.Model, method)
-    cls = type("Own", (make(keras.Model),), {method: lambda self, *a, **k: override(self, *a, **k)})
-    with pytest.raises(ValueError, match=rf"must not override `{method}`.*Received: model="):
+def test_from_model_of_a_model_with_a_step_of_its_own(name, make):
+    override = getattr(keras.Model, name)
+    own = property(lambda self: override.fget(self))
+    if name in METHODS:
+        own = lambda self, *a, **k: override(self, *a, **k)  # noqa: E731
+    cls = type("Own", (make(keras.Model),), {name: own})
+    message = rf"must not override `{name}`, which .*Received: model=.*from `RegularizedModel` inst"
+    with pytest.raises(ValueError, match=message):
         RegularizedModel.from_model(cls())
+
+
+@pytest.mark.parametrize("make", [make_subclass(keras.Model), lambda: keras.Model(*graph())])
+def test_from_model_of_a_model_whose_instance_has_a_step_of_its_own(make):
+    model = make()
+    model.compute_loss = lambda *args, **kwargs: 0.0
+    with pytest.raises(ValueError, match=r"must not override `compute_loss`, which"):
+        RegularizedModel.from_model(model)
+
+
+@pytest.mark.parametrize("kind", ["Functional", "subclass", "functional subclass"])
+def test_from_model_of_a_model_that_has_been_used(kind):
+    """What Keras sets on a model in use is nothing that a user overrides."""
+    original = ORIGINALS[kind]()
+    original.compile("sgd", "mse", metrics=["mae"])
+    original.fit(X, Y, validation_data=(X, Y), verbose=0)
+    original.predict(X, verbose=0)
+    original.evaluate(X, Y, verbose=0)
+    RegularizedModel.from_model(original)
+
+
+class Task(keras.Model):
+    """Preprocesses in `fit` and `predict`, as the tasks of KerasHub do."""
+
+    def __init__(self):
+        super().__init__(*graph())
+        self.preprocessor = layers.Rescaling(0.5)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        return keras.utils.pack_x_y_sample_weight(self.preprocessor(x), y, sample_weight)
+
+    def fit(self, x, y, **kwargs):
+        return super().fit(*self.preprocess_samples(x, y), **kwargs)
+
+    def predict(self, x, **kwargs):
+        return super().predict(self.preprocess_samples(x), **kwargs)
+
+
+def test_from_model_of_a_task_of_keras_hub_says_what_to_do():
+    task = Task()
+    message = (
+        r"must not override `fit`, `predict`, .* Call `RegularizedModel\(model\.input, model\.out"
+    )
+    with pytest.raises(ValueError, match=message):
+        RegularizedModel.from_model(task)
+    model = RegularizedModel(task.input, task.output)
+    compile_small(model)
+    x, y = task.preprocess_samples(X, Y)
+    before = task.get_weights()
+    model.fit(x, y, verbose=0)
+    assert not np.array_equal(before[0], task.get_weights()[0])
+    # The same program on the same numbers; frameworks may add in another order.
+    np.testing.assert_allclose(
+        task.predict(X, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RegularizedModel(sequential()),
+        lambda: RegularizedModel([layers.Dense(2)]),
+        lambda: RegularizedModel((layers.Dense(2),)),
+        lambda: RegularizedModel(layers.Dense(2)),
+        lambda: RegularizedModel([keras.Input((4,)), layers.Dense(2)]),
+    ],
+    ids=["model", "layers", "tuple", "layer", "with input"],
+)
+def test_what_is_for_from_model_is_sent_there(make):
+    message = (
+        r"is made of inputs and outputs\. Received: .* Call `RegularizedModel\.from_model\(model\)`"
+    )
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_list_of_inputs_may_stand_alone_where_outputs_are_named():
+    inputs = [keras.Input((2,)), keras.Input((2,))]
+    outputs = layers.Add()(inputs)
+    for given in (inputs, tuple(inputs)):
+        assert len(RegularizedModel(given, outputs=outputs).inputs) == 2
+
+
+@pytest.mark.parametrize("arguments", [{}, {"name": "mine"}])
+def test_a_model_without_layers_is_refused(arguments):
+    model = RegularizedModel(**arguments)
+    with pytest.raises(
+        ValueError, match=r"must have layers\. Received: .* as a subclass with `call`"
+    ):
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="You must call `compile"):
+        model.fit(X, Y)
 
 
 # Configurations

@@ -1083,6 +1083,55 @@ def test_log_is_seen_by_callbacks_and_by_the_progress_bar(capsys):
     assert "infomcr_reg" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+def test_the_progress_bar_shows_the_regulariser_in_the_epochs_in_which_it_acts(verbose, capsys):
+    model = two_layers(RegularizedModel)
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    gate = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: setattr(model, "regularizer_active", epoch == 1)
+    )
+    settings = {"epochs": 3, "callbacks": gate, "validation_data": (X, Y), "verbose": verbose}
+    history = model.fit(X, Y, **settings).history
+    shown = capsys.readouterr().out.split("Epoch ")[1:]
+    assert ["infomcr_reg" in epoch for epoch in shown] == [False, True, False]
+    assert all("val_loss" in epoch for epoch in shown)
+    assert np.isnan(history["infomcr_reg"]).tolist() == [True, False, True]
+
+
+def test_the_progress_bar_shows_a_regulariser_that_is_not_finite(capsys):
+    model = two_layers(RegularizedModel)
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    with pytest.warns(UserWarning, match="The regulariser is not finite"):
+        model.fit(np.full_like(X, np.nan), Y, verbose=2)
+    assert "infomcr_reg: nan" in capsys.readouterr().out
+
+
+def test_the_progress_bar_stands_where_the_user_wants_it(capsys):
+    model = two_layers(RegularizedModel)
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.fit(X, Y, callbacks=[keras.callbacks.ProgbarLogger()], verbose=2)
+    assert capsys.readouterr().out.count("infomcr_reg") == 1
+    model.fit(X, Y, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_progress_bar_makes_no_callback_wait(monkeypatch):
+    """Keras calls callbacks in the background unless one of the user's forbids it."""
+    lists, make = [], keras.callbacks.CallbackList.__init__
+
+    def noting(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        lists.append(self)
+
+    monkeypatch.setattr(keras.callbacks.CallbackList, "__init__", noting)
+    for base, ours in ((RegularizedModel, {"regularizer": SubBatchPerturbation(0.1, 1, 2)}),
+                       (keras.Model, {})):  # fmt: skip
+        model = two_layers(base)
+        model.compile(sgd(), "mse", **ours)
+        model.fit(X, Y, verbose=2)
+    assert lists[0]._async_train == lists[1]._async_train
+
+
 def test_log_with_a_callback_list_of_the_users():
     model = two_layers(RegularizedModel)
     model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))

@@ -720,6 +720,34 @@ def test_get_of_something_else(value):
         regularizers.get(value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"alpha": 1e-4},
+        keras.saving.serialize_keras_object(keras.regularizers.L2()),
+    ],
+    ids=["empty", "arguments alone", "of a weight penalty"],
+)
+def test_get_of_a_dictionary_that_is_no_regularizer(value):
+    with pytest.raises(ValueError, match=r"or one of \['sub_batch_perturbation'\]\. Received: reg"):
+        regularizers.get(value)
+
+
+def test_the_class_in_place_of_an_instance():
+    message = r"Pass an instance of the class, `SubBatchPerturbation\(\.\.\.\)`"
+    with pytest.raises(ValueError, match=message):
+        gelu_network().compile("sgd", "mse", regularizer=SubBatchPerturbation)
+
+
+def test_repr_shows_the_arguments():
+    shown = repr(SubBatchPerturbation(**CONFIG))
+    assert eval(shown).get_config() == CONFIG
+    regularizer = SubBatchPerturbation()
+    regularizer.beta = 20.0
+    assert repr(regularizer).startswith("SubBatchPerturbation(alpha=0.0001, beta=20.0, num_sub")
+
+
 def test_left_out_is_the_default_regularizer():
     model = gelu_network()
     model.compile("sgd", "mse")
