@@ -69,6 +69,11 @@ def gamma_hat(
     grad m_i, which stays right when the losses vanish. Labels count by their largest entry. The
     model, its state, its optimizer and all seeds are left as they are.
 
+    To compare runs with and without a regulariser pass `normalize_softmax=True`, as the paper
+    does: without it the value falls as the logits grow, and is least for a run that has diverged.
+    Of a model that does not fit its data (a mean loss above twice that of a uniform guess) a
+    warning says so.
+
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Eq. 5 and 6 (https://arxiv.org/abs/1911.08192). The paper's code
     reports half of this, with `training=True, chunk_size=10`.

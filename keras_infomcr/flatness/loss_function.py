@@ -10,8 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.checks import check_built, check_compiled
-from keras_infomcr.flatness.example_values import no_weight_penalties
+from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled
+from keras_infomcr.flatness.example_values import kind_of_loss, no_weight_penalties
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
 
 
@@ -46,7 +46,9 @@ class LossFunction:
         wide = any(v.dtype == "float64" for v in model.trainable_variables)
         self.dtype = np.dtype("float64" if wide else "float32")
         self._lock = threading.Lock()
+        self._misfit_warning = MisfitWarning()
         self._loss = self.compiled(self._loss_of_batch)
+        self._loss_and_guess = self.compiled(self._loss_and_guess_of_batch)
         self._gradient = self.compiled(backend.value_and_grad(self._with_nothing_else))
         self._products = backend.hessian_vector_products(
             self._loss_of_batch, compiled=not model.run_eagerly
@@ -98,6 +100,11 @@ class LossFunction:
     def loss(self, data, at):
         """Return the loss, a float."""
         return float(self.mean(self._loss, data, at)[0])
+
+    def warn_of_misfit(self, data, at):
+        """Warn, once until it fits, if the model does not fit the data."""
+        loss, guess = self.mean(self._loss_and_guess, data, at)
+        self._misfit_warning(float(loss), math.inf if guess is None else float(guess))
 
     def gradient(self, data, at):
         """Return the loss, a float, and its gradient, a vector."""
@@ -177,6 +184,19 @@ class LossFunction:
 
     def _loss_of_batch(self, *args):
         return self.evaluate(*args)[0]
+
+    def _loss_and_guess_of_batch(self, weights, state, x, y):
+        """Return the cross-entropy and that of a uniform guess, `None` for any other loss."""
+        loss, outputs = self.evaluate(weights, state, x, y)
+        compiled, kind = kind_of_loss(self.model, outputs)
+        if kind is None:
+            return loss, None
+        y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
+        num_classes = outputs.shape[-1]
+        if kind == "binary":
+            y, num_classes = ops.reshape(y, ops.shape(outputs)), 2
+        loss = ops.mean(compiled(y, outputs))
+        return loss, ops.full_like(loss, math.log(num_classes))
 
     def _with_nothing_else(self, *args):
         return self._loss_of_batch(*args), ()
