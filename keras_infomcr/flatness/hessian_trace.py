@@ -27,7 +27,9 @@ def hessian_trace(
     """Estimate the trace of the Hessian of the loss by the weights.
 
     The loss is the compiled one, its mean over the examples, without weight penalties. The model,
-    its state, its optimizer and all seeds are left as they are.
+    its state, its optimizer and all seeds are left as they are. Of a model that does not fit its
+    data (a mean cross-entropy above twice that of a uniform guess) a warning says so: where
+    training has diverged the curvatures may vanish, but not at a flat minimum.
 
     Reference: Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for
     Laplacian Smoothing Splines", 1990; Meyer, Musco, Musco and Woodruff, "Hutch++: Optimal
