@@ -87,6 +87,7 @@ def main(argv=None):
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
+    print("Compare runs with and without the regulariser by the normalised gamma-hat.")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _plot(rows, settings):
         "Accuracy": {"training": "accuracy", "test": "val_accuracy"},
     }
     if "gamma_hat" in rows[-1]:
-        panels["gamma-hat (smaller is flatter)"] = {"training images": "gamma_hat"}
+        panels["gamma-hat, not normalised"] = {"training images": "gamma_hat"}
     epochs = np.array([row["epoch"] + 1 for row in rows])
     regularized = epochs[np.isfinite([row.get("infomcr_reg", np.nan) for row in rows])]
     size = (4 * len(panels), 3.6)

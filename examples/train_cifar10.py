@@ -57,7 +57,8 @@ def parse(argv=None):
     add("--num-sub-batches", type=positive, default=8, help="M of the paper (%(default)s)")
     gradients = ("auto", "full_batch", "sub_batches")
     add("--main-gradient", choices=gradients, default="auto", help="its source (%(default)s)")
-    help = "epochs between measurements of gamma-hat, N' = 100, not normalised (never)"
+    help = "epochs between measurements of gamma-hat, N' = 100, not normalised: follow one run by "
+    help += "it, and compare runs by the normalised one of evaluate_gamma.py (never)"
     add("--gamma-every", type=positive, help=help)
     add("--gamma-trials", type=positive, default=10, help="of each (%(default)s)")
     add("--evaluate-every", type=positive, default=1, help="epochs between tests (%(default)s)")

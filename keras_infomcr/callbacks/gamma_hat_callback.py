@@ -12,9 +12,12 @@ class GammaHatCallback(MeasuringCallback):
 
     Adds `gamma_hat` and `gamma_hat_stderr` to the logs of each epoch, NaN for an epoch without a
     measurement. Put it before the callbacks that read them (`CSVLogger`, `TensorBoard`,
-    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`): a warning names those that
-    stand before it. It works with any
-    `keras.Model`, and leaves the model, its optimizer and all seeds as they are.
+    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`): a warning names those callbacks
+    that stand before it. It works with any `keras.Model`, and leaves the model, its optimizer and
+    all seeds as they are. To compare runs with and without a regulariser pass
+    `normalize_softmax=True`, as the paper does: without it the value falls as the logits grow. A
+    warning says so if the model does not fit the data, as after training has diverged; however
+    small the value, that is no flat minimum.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
@@ -24,7 +27,8 @@ class GammaHatCallback(MeasuringCallback):
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1, or `"auto"`. T, the trials averaged. Defaults to 10; the
             paper has 100.
-        normalize_softmax: Boolean, whether to normalise the logits. Defaults to `False`.
+        normalize_softmax: Boolean, whether to normalise the logits, for a value that compares
+            between runs. Needs softmax cross-entropy. Defaults to `False`.
         softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1, which `EarlyStopping` and `ModelCheckpoint` on `gamma_hat` need: their first

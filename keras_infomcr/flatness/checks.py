@@ -50,6 +50,30 @@ def check_sampling(num_examples, num_trials, batch_size, seed, verbose):
         validation.integer(minimum=0, seed=seed)
 
 
+class MisfitWarning:
+    """Warns that a model does not fit the data that it is measured on, once until it fits again."""
+
+    def __init__(self):
+        self._misfit = False
+
+    def __call__(self, loss, guess):
+        """Take in what is known of a measurement.
+
+        Args:
+            loss: Float, the mean cross-entropy. (NaN gives measures that are NaN.)
+            guess: Float, the loss of equal probabilities, ln K; infinity if no guess is known.
+        """
+        misfit = loss > 2 * guess
+        if misfit and not self._misfit:
+            warn(
+                f"The model does not fit the measured examples: their mean loss, {loss:.3g}, is "
+                f"more than twice that of a uniform guess, {guess:.3g}. Training has diverged or "
+                "has not begun, and however small a measure is, this is no flat minimum: do not "
+                "compare it with those of models that fit."
+            )
+        self._misfit = misfit
+
+
 def warn(message):
     """Warn at the line of the user's that has called the package."""
     level, frame = 2, sys._getframe(1)

@@ -108,7 +108,7 @@ class CategoricalLogOdds:
                 "The model must give a row of at least 2 class scores an example. "
                 f"Received: outputs of shape {tuple(outputs.shape)}"
             )
-        num_classes = outputs.shape[-1]
+        self.num_classes = num_classes = outputs.shape[-1]
         is_number = np.issubdtype(y.dtype, np.number)
         if y.ndim == 2 and y.shape[-1] == num_classes and is_number and np.all(y.max(-1) > 0):
             return np.argmax(y, axis=-1).astype("int32")
@@ -136,6 +136,10 @@ class CategoricalLogOdds:
         with np.errstate(invalid="ignore"):  # NaN is reported with its cause by `gamma_hat`
             return -2 * np.logaddexp(0, values)
 
+    def loss_and_guess(self, values):
+        """Return the mean loss of examples and that of a uniform guess."""
+        return -np.mean(self.log_loss_factors(-values)) / 2, math.log(self.num_classes)
+
     def _logits(self, outputs, logits, inverse):
         """Return the logits of the outputs, by the inverse of the activation if need be."""
         known = _only(outputs)
@@ -154,6 +158,7 @@ class BinaryLogOdds(CategoricalLogOdds):
     """
 
     kind = "binary"
+    num_classes = 2
 
     def __init__(self, from_logits):
         super().__init__(from_logits, None)
@@ -196,6 +201,10 @@ class ExampleLoss:
     def log_loss_factors(self, values):
         """Return zeros: the rows are gradients of the loss itself."""
         return np.zeros_like(values)
+
+    def loss_and_guess(self, values):
+        """Return the mean loss of examples, and infinity: no guess is known to compare with."""
+        return np.mean(values), math.inf
 
 
 def _only(structure):

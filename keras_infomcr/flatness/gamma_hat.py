@@ -78,6 +78,11 @@ def gamma_hat(
     weighted by `loss_weights`, for nothing else makes one loss of them; and losses other than the
     cross-entropy of one output take soft labels as they are.
 
+    To compare runs with and without a regulariser pass `normalize_softmax=True`, as the paper
+    does: without it the value falls as the logits grow, and is least for a run that has diverged.
+    Of a model that does not fit its data (a mean loss above twice that of a uniform guess) a
+    warning says so.
+
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Eq. 5 and 6 (https://arxiv.org/abs/1911.08192). The paper's code
     reports half of this, with `training=True, chunk_size=10`.

@@ -7,9 +7,10 @@ import numpy as np
 
 from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
-from keras_infomcr.flatness.checks import check_built, check_compiled, warn
+from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
 from keras_infomcr.flatness.estimate import standard_error
 from keras_infomcr.flatness.example_values import (
+    CategoricalLogOdds,
     ExampleLoss,
     example_values,
     has_cross_entropy,
@@ -49,6 +50,7 @@ class GammaHatEstimator:
         self._draw_trials(x, y)
         self._grams = None
         self._warned = self._warned_of_loss = False
+        self._misfit_warning = MisfitWarning()
 
     def _draw_trials(self, x, y):
         num_examples, count = self._settings["num_examples"], self._settings["num_trials"]
@@ -77,6 +79,7 @@ class GammaHatEstimator:
             parts.append((log_loss, geometry))
             if self._settings["num_trials"] == "auto" and self._enough(np.sum(parts, axis=1)):
                 break
+        self._warn_of_misfit()
         return np.array(parts)
 
     def _advice(self, cause):
@@ -99,15 +102,15 @@ class GammaHatEstimator:
         if self._grams is None:
             self.prepare()
         self.warn_of_other_losses()
-        return np.array(
+        trials = [
             [
-                [
-                    np.sum(factors) + log_determinant(gram, self._grams.epsilon, count)[0]
-                    for gram, count in zip(grams, self.num_weights)
-                ]
-                for factors, grams in self._measured()
+                np.sum(factors) + log_determinant(gram, self._grams.epsilon, count)[0]
+                for gram, count in zip(grams, self.num_weights)
             ]
-        )
+            for factors, grams in self._measured()
+        ]
+        self._warn_of_misfit()
+        return np.array(trials)
 
     def measure_grams(self):
         """Measure the model as it is now.
@@ -120,6 +123,7 @@ class GammaHatEstimator:
         for factors, grams in self._measured():
             slope = np.exp(factors / 2)
             yield grams.sum(axis=0) * np.outer(slope, slope)
+        self._warn_of_misfit()
 
     @property
     def layers(self):
@@ -136,10 +140,12 @@ class GammaHatEstimator:
         end_of_checks()
         objective = Objective(self.model)
         context = objective.weights(), objective.state()
+        self._seen = []
 
         def measured(rows, device):
             data = keras.tree.map_structure(lambda a: a[rows], (self._x, self._labels))
             values, grams = self._grams(context, data, device)
+            self._seen.append(values)
             return self._values.log_loss_factors(values), grams
 
         devices = backend.devices(self.model)
@@ -150,6 +156,24 @@ class GammaHatEstimator:
         with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
             for start in range(0, len(self._trials), len(devices)):
                 yield from pool.map(measured, self._trials[start:], devices)
+
+    def _warn_of_misfit(self):
+        """Warn if the model does not fit the examples that were measured just now."""
+        if self._settings["normalize_softmax"]:
+            values = self._without_normalization(self._trials[0])
+        else:
+            values = np.concatenate(self._seen)
+        self._misfit_warning(*self._values.loss_and_guess(values))
+
+    def _without_normalization(self, rows):
+        """Return the log-odds of some examples by the logits as they are."""
+        objective = Objective(self.model)
+        data = keras.tree.map_structure(lambda a: a[rows], (self._x, self._labels))
+        x, y = keras.tree.map_structure(keras.ops.convert_to_tensor, data)
+        with objective.at(objective.weights(), objective.state(), False) as (predict, _):
+            outputs, logits = predict_with_logits(self.model, predict, x)
+        values = CategoricalLogOdds(self._values.from_logits, scale=None)
+        return keras.ops.convert_to_numpy(values(x, y, outputs, logits)).astype("float64")
 
     def _enough(self, trials):
         if not np.all(np.isfinite(trials)):

@@ -1,5 +1,7 @@
 """The Hessian of a model's loss, over all of the data or over trials."""
 
+import itertools
+
 import numpy as np
 
 from keras_infomcr import validation
@@ -99,6 +101,7 @@ def measure_hessian(
     loss = shared(("loss", training), lambda: LossFunction(model, training), model)
     generator = np.random.default_rng(seed)
     trials = trial_batches(x, y, num_examples, num_trials, batch_size, seed)
+    loss.warn_of_misfit(itertools.chain.from_iterable(trials), loss.at())
     with progress_bar(num_products * len(trials), verbose) as progress:
         hessians = [Hessian(loss, data, generator, progress) for data in trials]
         results = [measure(hessian) for hessian in hessians]

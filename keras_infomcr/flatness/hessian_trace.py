@@ -30,7 +30,9 @@ def hessian_trace(
     smoothing, `loss_weights`, `add_loss` and activity penalties are part of it. Cross-entropies are
     computed from the logits, of a model that ends in a softmax or sigmoid too, so that their
     curvature is right where probabilities are rounded to 0 and 1. The model, its state, its
-    optimizer and all seeds are left as they are.
+    optimizer and all seeds are left as they are. A warning says so if the model does not fit
+    its data (a mean cross-entropy above twice that of a uniform guess): where training has diverged
+    the curvatures may vanish, but not at a flat minimum.
 
     Reference: Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for
     Laplacian Smoothing Splines", 1990; Meyer, Musco, Musco and Woodruff, "Hutch++: Optimal

@@ -10,12 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.checks import check_built, check_compiled, warn
+from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
 from keras_infomcr.flatness.compiled_loss import compiled_loss
+from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.logits import predict_with_logits
 from keras_infomcr.flatness.shared import end_of_checks
 from keras_infomcr.labels import check_labels, is_sparse
-from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples
+from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples, losses_of
 
 
 class LossFunction:
@@ -49,12 +50,14 @@ class LossFunction:
         wide = any(v.dtype == "float64" for v in model.trainable_variables)
         self.dtype = np.dtype("float64" if wide else "float32")
         self._lock = threading.Lock()
-        self._checks_labels = any(map(is_sparse, keras.tree.flatten(model.loss)))
+        self._checks_labels = any(map(is_sparse, losses_of(model)))
         self._outputs_of_batch = self.compiled(self._predict)
         self._outputs = getattr(model, "outputs", None)
         self._clipped = []
         self._warned = False
+        self._misfit_warning = MisfitWarning()
         self._loss = self.compiled(self._loss_of_batch)
+        self._loss_and_guess = self.compiled(self._loss_and_guess_of_batch)
         self._gradient = self.compiled(backend.value_and_grad(self._with_nothing_else))
         self._products = backend.hessian_vector_products(
             self._loss_of_batch, compiled=not model.run_eagerly
@@ -106,6 +109,11 @@ class LossFunction:
     def loss(self, data, at):
         """Return the loss, a float."""
         return float(self.mean(self._loss, data, at)[0])
+
+    def warn_of_misfit(self, data, at):
+        """Warn, once until it fits, if the model does not fit the data."""
+        loss, guess = self.mean(self._loss_and_guess, data, at)
+        self._misfit_warning(float(loss), math.inf if guess is None else float(guess))
 
     def gradient(self, data, at):
         """Return the loss, a float, and its gradient, a vector."""
@@ -224,6 +232,19 @@ class LossFunction:
 
     def _loss_of_batch(self, *args):
         return self.evaluate(*args)[0]
+
+    def _loss_and_guess_of_batch(self, weights, state, x, y):
+        """Return the cross-entropy and that of a uniform guess, `None` for any other loss."""
+        loss, outputs = self.evaluate(weights, state, x, y)
+        compiled, kind = kind_of_loss(self.model, outputs)
+        if kind is None:
+            return loss, None
+        y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
+        num_classes = outputs.shape[-1]
+        if kind == "binary":
+            y, num_classes = ops.reshape(y, ops.shape(outputs)), 2
+        loss = ops.mean(compiled(y, outputs))
+        return loss, ops.full_like(loss, math.log(num_classes))
 
     def _with_nothing_else(self, *args):
         return self._loss_of_batch(*args), ()
