@@ -1,4 +1,4 @@
-"""A user's own `train_step`: trains as in plain Keras, regularised if it calls the inherited one."""
+"""A user's own `train_step`: as in plain Keras, and regularised if it calls the inherited one."""
 
 import pathlib
 import re
