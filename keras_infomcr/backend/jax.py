@@ -242,17 +242,17 @@ def apply(optimizer, gradients, variables):
 
 def train_step(step, model, state, data):
     """Return the logs and the new state: of Keras's four lists of variables, in its order."""
-    lists, hidden = _lists(model), _hidden(model)
+    lists, (ours, present) = _lists(model), _hidden(model)
     mapping = [pair for variables, values in zip(lists, state) for pair in zip(variables, values)]
-    with keras.StatelessScope(state_mapping=[*mapping, *hidden]) as scope:
+    with keras.StatelessScope(state_mapping=[*mapping, *zip(ours, present)]) as scope:
         logs = step(data)
-    _set_hidden(model, [(v, scope.get_current_value(v)) for v, _ in hidden])
+    present[:] = [scope.get_current_value(v) for v in ours]
     return logs, tuple([scope.get_current_value(v) for v in variables] for variables in lists)
 
 
 def passed_with_metrics(model, variables):
     """Return all, or none in a step, which gets them unseen: see `_hiding`."""
-    return [] if _hidden(model) else variables
+    return [] if _hidden(model)[0] else variables
 
 
 @contextlib.contextmanager
@@ -284,24 +284,20 @@ def _hiding(model, step):
         *lists, metrics = state
         ours = model._variables_in_step()
         count = len(metrics) - len(ours)
-        _set_hidden(model, zip(ours, metrics[count:]))
+        values = metrics[count:]
+        object.__setattr__(model, "_hidden_in_step", (ours, values))
         try:
             logs, (*lists, seen) = step((*lists, metrics[:count]), data)
-            hidden = [value for _, value in _hidden(model)]
         finally:
-            _set_hidden(model, [])
-        return logs, (*lists, [*seen, *metrics[len(seen) : count], *hidden])
+            object.__setattr__(model, "_hidden_in_step", ([], []))
+        return logs, (*lists, [*seen, *metrics[len(seen) : count], *values])
 
     return hiding
 
 
 def _hidden(model):
-    """Return the variables that the present step gets unseen, with their values."""
-    return model.__dict__.get("_hidden_in_step", [])
-
-
-def _set_hidden(model, variables_and_values):
-    object.__setattr__(model, "_hidden_in_step", list(variables_and_values))
+    """Return the variables that the present step gets unseen, and their present values."""
+    return model.__dict__.get("_hidden_in_step", ([], []))
 
 
 def _keeping_state(model, step):

@@ -12,6 +12,7 @@ from frameworks import assert_allclose, assert_array_equal, only_on
 from keras import layers
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.layers import LogitNormalization
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 X = np.random.default_rng(1).normal(size=(8, 4)).astype("float32")
@@ -517,3 +518,25 @@ def test_export(way, tmp_path):
     model.export(tmp_path / "exported", verbose=False)
     served = tf.saved_model.load(tmp_path / "exported")
     assert_allclose(served.serve(X), model(X), rtol=1e-6, atol=1e-6)
+
+
+def test_whole_model_in_the_old_h5_form(tmp_path):
+    """It is loaded as a model that predicts the same, and trains when it is compiled again.
+
+    Not before: Keras builds the loaded optimizer for no weights.
+    """
+    inputs = keras.Input((4,))
+    outputs = LogitNormalization()(layers.Dense(2)(inputs))
+    model = RegularizedModel(inputs, outputs)
+    model.compile("adam", keras.losses.MeanSquaredError())
+    model.fit(X, Y, verbose=0)
+    path = tmp_path / "model.h5"
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    assert type(loaded) is type(model)
+    assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    for each in (loaded, model):
+        each.compile(keras.optimizers.SGD(0.1), "mse", regularizer=SubBatchPerturbation())
+    logs, expected = (each.fit(X, Y, verbose=0).history for each in (loaded, model))
+    assert logs == expected
+    assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])
