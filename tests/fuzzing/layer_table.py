@@ -74,7 +74,7 @@ def _pool(name, rank):
 
 
 def _adaptive(name, rank):
-    return (rank,), lambda d: getattr(layers, name)(pick(d, 1, 2), dtype=_computed_in(rank))
+    return (rank,), lambda d: getattr(layers, name)(2, dtype=_computed_in(rank))
 
 
 def _computed_in(rank):
@@ -104,6 +104,10 @@ def _cell(make):
 
 def _image(make):
     return (IMAGE,), lambda d: make(d)
+
+
+def _pipeline():
+    return layers.Pipeline([layers.RandomFlip(), layers.RandomContrast(0.5, (0, 1))])
 
 
 def in_float32(make, **kwargs):
@@ -136,7 +140,9 @@ LAYERS = {
     ),
     "CenterCrop": _image(lambda d: layers.CenterCrop(3, 3)),
     "ContrastLimitedAdaptiveHistogramEqualization": _image(
-        lambda d: layers.ContrastLimitedAdaptiveHistogramEqualization(**VALUES, tile_grid_size=(2, 2))
+        lambda d: layers.ContrastLimitedAdaptiveHistogramEqualization(
+            **VALUES, tile_grid_size=(2, 2)
+        )
     ),
     "ConvLSTM1D": ((IMAGE,), lambda d: layers.ConvLSTM1D(2, 2, return_sequences=flip(d))),
     "ConvLSTM2D": ((VOLUME,), lambda d: layers.ConvLSTM2D(2, 2, return_sequences=flip(d))),
@@ -174,7 +180,7 @@ LAYERS = {
     "Normalization": (ANY, lambda d: layers.Normalization(mean=0.5, variance=2.0, invert=flip(d))),
     "PReLU": (ANY, lambda d: layers.PReLU("normal")),
     "Permute": ((SEQUENCE,), lambda d: layers.Permute((2, 1))),
-    "Pipeline": _image(lambda d: layers.Pipeline([layers.RandomFlip(), layers.RandomContrast(0.5, (0, 1))])),
+    "Pipeline": _image(lambda d: _pipeline()),
     "RMSNormalization": (ANY, lambda d: layers.RMSNormalization(epsilon=1e-3)),
     "RNN": _cell(lambda d: layers.SimpleRNNCell(2, activation(d))),
     "RandAugment": _image(lambda d: in_float32(layers.RandAugment, **VALUES)),
@@ -321,8 +327,13 @@ def _torch_module(x, d):
     return layers.TorchModuleWrapper(module, output_shape=(None, 3))(x)
 
 
+@keras.saving.register_keras_serializable("fuzzing")
+def times_its_tanh(x):
+    return x * keras.ops.tanh(x)
+
+
 def _lambda(x, d):
-    return layers.Lambda(lambda t: t * keras.ops.tanh(t), output_shape=x.shape[1:])(x)
+    return layers.Lambda(times_its_tanh, output_shape=x.shape[1:])(x)
 
 
 CALLS = {

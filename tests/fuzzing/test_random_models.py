@@ -7,8 +7,10 @@ it still fails, which `check_step(Case(...))` and its like take.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
+import tempfile
 
 import keras
 import numpy as np
@@ -16,12 +18,14 @@ import pytest
 from brute_force import LEARNING_RATE, Reading, flat, rows_of
 from frameworks import BACKEND, numpy
 from layer_table import EXCLUDED, TABLE, names_of_keras
-from random_models import EXCLUDED_LOSSES, LOSSES, Case
+from random_models import EXCLUDED_LOSSES, LOSSES, WITHOUT_SECOND_DERIVATIVES, Case
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.flatness import fisher_trace, gamma_hat
 from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.objective import Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
+from keras_infomcr.sub_batches import Batch
 
 ALPHA, BETA = 0.05, 2.0
 
@@ -63,7 +67,8 @@ def assert_holds(check, case):
     except KerasCannot as error:
         pytest.skip(f"plain Keras cannot: {error}")
     except Exception as error:
-        smallest = case.smallest(lambda smaller: _raises(type(error), check, smaller))
+        kind = type(error)
+        smallest = case.smallest(lambda smaller: _raises(kind, check, smaller))
         raise AssertionError(
             f"{check.__name__} fails for seed {case.seed}, and for\n{smallest}"
         ) from error
@@ -95,7 +100,7 @@ def test_step_is_algorithm_1_and_plain_keras_without_it(seed):
 
 
 def check_step(case):
-    """Compare with `Reading`, with beta = 0 with `keras.Model`, and with itself saved and loaded."""
+    """Compare with `Reading`; with beta = 0 with `keras.Model`; and with itself saved and loaded."""
     with plain_keras():
         plain = trained(case, keras.Model, None)
     assert_finite(plain.passed)
@@ -110,6 +115,20 @@ def check_step(case):
         tolerance = 0 if exact and BACKEND != "jax" else 1e-12 + case.rounding
         unregularized = trained(case, RegularizedModel, 0.0)
         same(unregularized.variables, plain.variables, tolerance)
+    if case.seed % 4 == 0:
+        check_saved(case, ours)
+
+
+def check_saved(case, model):
+    """Assert that a model saved and loaded takes the same step as the one that was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        with plain_keras():
+            model.save(path)
+            loaded = keras.models.load_model(path, safe_mode=False)
+    step(model, case, 0)
+    step(loaded, case, 0)
+    same(loaded.variables, model.variables, case.rounding)
 
 
 def trained(case, base, beta):
@@ -169,6 +188,63 @@ def weights_of(model):
     return flat(map(numpy, model.trainable_variables))
 
 
+# In half precision
+
+
+@pytest.mark.parametrize("seed", seeds(range(2), range(2, 20)))
+def test_regularizer_is_computed_in_float32_whatever_the_policy(seed):
+    assert_holds(check_precision, in_less_precision(seed))
+
+
+def in_less_precision(seed):
+    policy = ("float32", "mixed_float16", "mixed_bfloat16")[seed % 3]
+    return dataclasses.replace(Case.of(seed), policy=policy, mode="eager")
+
+
+def check_precision(case):
+    """Compare the regulariser's gradient of a model without random layers with that in float64."""
+    if case.rounding or case.loss in WITHOUT_SECOND_DERIVATIVES:
+        return
+    rule = {k: v for k, v in case.rule if k in ("num_sub_batches", "estimator")}
+    keras.config.set_floatx("float32")
+    model = case.build(RegularizedModel)
+    model.compile(
+        **case.compile_arguments(model), regularizer=SubBatchPerturbation(ALPHA, BETA, **rule)
+    )
+    data = case.data(model, case.batch_sizes[0])
+    keras.config.set_floatx("float64")
+    if any("seed" in v.path for v in model.non_trainable_variables):
+        return
+    exact = dataclasses.replace(case, policy="float64").build(keras.Model)
+    exact.set_weights([numpy(v).astype("float64") for v in model.weights])
+    exact.compile(**case.compile_arguments(exact))
+    reading = Reading(exact, ALPHA, BETA, **rule)
+    with plain_keras():
+        _, main, extra = reading.step(in_float64(data))
+    assert_finite(extra)
+    keras.config.set_floatx("float32")
+    batch = Batch(*keras.tree.map_structure(tensor, data))
+    found = model.regularizer(Objective(model), batch).gradient
+    keras.config.set_floatx("float64")
+    found = flat(
+        np.zeros(v.shape) if g is None else numpy(keras.ops.convert_to_tensor(g))
+        for g, v in zip(found, model.trainable_variables)
+    )
+    # A thousand roundings of 6e-8 of the gradients whose difference it is.
+    assert np.linalg.norm(found - extra) <= 1e-4 * np.linalg.norm(main) + 10 * reading.error
+
+
+def tensor(array):
+    return None if array is None else keras.ops.convert_to_tensor(array)
+
+
+def in_float64(data):
+    def widened(array):
+        return array.astype("float64") if getattr(array, "dtype", None) == "float32" else array
+
+    return keras.tree.map_structure(widened, data)
+
+
 def same(ours, theirs, tolerance):
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(numpy(a), numpy(b), rtol=tolerance, atol=tolerance)
@@ -209,7 +285,8 @@ def check_gamma_hat(case):
 
 
 def measured(case):
-    """Return the model, compiled with a loss that is a mean over examples."""
+    """Return the model, compiled plainly; one in four runs in a graph, or as the case says."""
+    case = dataclasses.replace(case, mode=case.mode if case.seed % 4 == 0 else "eager")
     model = case.build(keras.Model)
     model.compile(**case.compile_arguments(model))
     return model
@@ -222,6 +299,8 @@ def test_hessian_vector_products_are_differences_of_gradients(seed):
 
 def check_hessian(case):
     if case.reduction not in ("sum_over_batch_size", "mean"):
+        return
+    if case.loss in WITHOUT_SECOND_DERIVATIVES:
         return
     model = measured(case)
     x, y, _ = case.data(model, NUM_EXAMPLES)
