@@ -97,7 +97,7 @@ class Reading:
         return self.alpha * np.sum(g**2), self.alpha * product
 
     def product(self, vector, batch):
-        """Return H v by central differences of two steps extrapolated, and by how much they differ."""
+        """Return H v by extrapolated central differences, and by how much two steps differ."""
         length = np.linalg.norm(vector)
         if not length > 0:
             return np.zeros_like(vector), 0.0

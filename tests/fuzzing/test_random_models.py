@@ -100,7 +100,7 @@ def test_step_is_algorithm_1_and_plain_keras_without_it(seed):
 
 
 def check_step(case):
-    """Compare with `Reading`; with beta = 0 with `keras.Model`; and with itself saved and loaded."""
+    """Compare with `Reading`, with `keras.Model` at beta = 0, and with itself saved and loaded."""
     with plain_keras():
         plain = trained(case, keras.Model, None)
     assert_finite(plain.passed)
@@ -126,6 +126,9 @@ def check_saved(case, model):
         with plain_keras():
             model.save(path)
             loaded = keras.models.load_model(path, safe_mode=False)
+    for a, b in zip(loaded.non_trainable_variables, model.non_trainable_variables, strict=True):
+        if "seed" in a.path:  # which Keras does not keep for all layers
+            a.assign(b)
     step(model, case, 0)
     step(loaded, case, 0)
     same(loaded.variables, model.variables, case.rounding)
