@@ -2,8 +2,9 @@
 
     FUZZ_MODELS=1000 FUZZ_FIRST=0 python -m pytest -m "slow or not slow" tests/fuzzing
 
-tries the models of so many seeds instead of the usual ones. A failure prints a `Case` as small as
-it still fails, which `check_step(Case(...))` and its like take.
+tries the models of so many seeds instead of the usual ones, whose models depend on the backend, as
+it has other layers. A failure prints a `Case` as small as it still fails, which
+`check_step(Case(...))` and its like take. What plain Keras cannot train is skipped, with the reason.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from brute_force import LEARNING_RATE, Reading, flat, rows_of
 from frameworks import BACKEND, numpy
-from layer_table import EXCLUDED, TABLE, names_of_keras
+from layer_table import EXCLUDED, NAMES, TABLE, names_of_keras
 from random_models import EXCLUDED_LOSSES, LOSSES, WITHOUT_SECOND_DERIVATIVES, Case
 
 from keras_infomcr import RegularizedModel
@@ -31,20 +32,23 @@ ALPHA, BETA = 0.05, 2.0
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:Gradients do not exist for variables"),
+    pytest.mark.filterwarnings("ignore"),  # random models give Keras cause for many
 ]
 
 
 def seeds(fast, slow):
-    """Return the seeds of a test: some always, more behind `slow`, or what the user asks for."""
+    """Return the seeds of a test: cheap ones always, all behind `slow`, or what the user asks."""
     if "FUZZ_MODELS" in os.environ:
         first = int(os.environ.get("FUZZ_FIRST", 0))
         return range(first, first + int(os.environ["FUZZ_MODELS"]))
-    return [*fast, *(pytest.param(seed, marks=pytest.mark.slow) for seed in slow)]
+    return [
+        *fast,
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in slow if seed not in fast),
+    ]
 
 
-class KerasCannot(Exception):
-    """What plain Keras raises of a case, or that it computes no numbers."""
+class TellsNothing(Exception):
+    """Why a case cannot be compared, mostly what plain Keras raises."""
 
 
 @contextlib.contextmanager
@@ -52,20 +56,20 @@ def plain_keras():
     try:
         yield
     except Exception as error:
-        raise KerasCannot(f"{type(error).__name__}: {error}") from error
+        raise TellsNothing(f"plain Keras raises {type(error).__name__}: {error}") from error
 
 
 def assert_finite(numbers):
     if not np.all(np.isfinite(numbers)):
-        raise KerasCannot("NaN or infinity")
+        raise TellsNothing("NaN or infinity")
 
 
 def assert_holds(check, case):
     """Assert what `check(case)` asserts, or name the smallest case of which it does not hold."""
     try:
         check(case)
-    except KerasCannot as error:
-        pytest.skip(f"plain Keras cannot: {error}")
+    except TellsNothing as error:
+        pytest.skip(str(error))
     except Exception as error:
         kind = type(error)
         smallest = case.smallest(lambda smaller: _raises(kind, check, smaller))
@@ -94,7 +98,7 @@ def test_every_loss_of_keras_is_listed():
 # One or two steps
 
 
-@pytest.mark.parametrize("seed", seeds(range(6), range(6, 150)))
+@pytest.mark.parametrize("seed", seeds((1, 8, 16, 20, 22, 23), range(len(NAMES))))
 def test_step_is_algorithm_1_and_plain_keras_without_it(seed):
     assert_holds(check_step, Case.of(seed))
 
@@ -194,7 +198,7 @@ def weights_of(model):
 # In half precision
 
 
-@pytest.mark.parametrize("seed", seeds(range(2), range(2, 20)))
+@pytest.mark.parametrize("seed", seeds((5, 23), range(15)))
 def test_regularizer_is_computed_in_float32_whatever_the_policy(seed):
     assert_holds(check_precision, in_less_precision(seed))
 
@@ -206,8 +210,8 @@ def in_less_precision(seed):
 
 def check_precision(case):
     """Compare the regulariser's gradient of a model without random layers with that in float64."""
-    if case.rounding or case.loss in WITHOUT_SECOND_DERIVATIVES:
-        return
+    if case.rounding:
+        raise TellsNothing("a layer or the loss computes in float32")
     rule = {k: v for k, v in case.rule if k in ("num_sub_batches", "estimator")}
     keras.config.set_floatx("float32")
     model = case.build(RegularizedModel)
@@ -217,7 +221,7 @@ def check_precision(case):
     data = case.data(model, case.batch_sizes[0])
     keras.config.set_floatx("float64")
     if any("seed" in v.path for v in model.non_trainable_variables):
-        return
+        raise TellsNothing("random numbers depend on the dtype")
     exact = dataclasses.replace(case, policy="float64").build(keras.Model)
     exact.set_weights([numpy(v).astype("float64") for v in model.weights])
     exact.compile(**case.compile_arguments(exact))
@@ -256,7 +260,7 @@ def same(ours, theirs, tolerance):
 # Measures
 
 
-@pytest.mark.parametrize("seed", seeds(range(3), range(3, 150)))
+@pytest.mark.parametrize("seed", seeds((1, 7, 8), range(15)))
 def test_gamma_hat_and_the_fisher_trace_are_of_the_gradients_of_single_examples(seed):
     assert_holds(check_gamma_hat, Case.of(seed))
 
@@ -265,8 +269,8 @@ NUM_EXAMPLES = 4
 
 
 def check_gamma_hat(case):
-    if case.loss == "CategoricalCrossentropy soft":  # labels count by their largest entry
-        return
+    if case.loss == "CategoricalCrossentropy soft":
+        raise TellsNothing("labels count by their largest entry")
     model = measured(case)
     x, y, _ = case.data(model, NUM_EXAMPLES)
     reading = Reading(model, training=False)
@@ -295,16 +299,16 @@ def measured(case):
     return model
 
 
-@pytest.mark.parametrize("seed", seeds(range(3), range(3, 150)))
+@pytest.mark.parametrize("seed", seeds((1, 7, 8), range(15)))
 def test_hessian_vector_products_are_differences_of_gradients(seed):
     assert_holds(check_hessian, Case.of(seed))
 
 
 def check_hessian(case):
     if case.reduction not in ("sum_over_batch_size", "mean"):
-        return
+        raise TellsNothing("the loss is no mean over the examples, which is refused")
     if case.loss in WITHOUT_SECOND_DERIVATIVES:
-        return
+        raise TellsNothing("the loss has no second derivative")
     model = measured(case)
     x, y, _ = case.data(model, NUM_EXAMPLES)
     training = bool(case.seed % 2)
