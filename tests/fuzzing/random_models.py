@@ -10,6 +10,7 @@ import dataclasses
 import keras
 import layer_table
 import numpy as np
+from frameworks import BACKEND
 from keras import layers
 from layer_table import FLAT, IMAGE, IN_FLOAT32, NAMES, OF_COLOURS, SHAPES, TABLE, WORDS, pick
 
@@ -198,7 +199,7 @@ class Case:
 
     def compile_arguments(self, model):
         """Return arguments of `compile`, the losses made anew."""
-        # XLA draws other random numbers.
+        # XLA draws other random numbers, and torch compiles for minutes.
         random = any("seed" in v.path for v in model.non_trainable_variables)
         loss = LOSSES[self.loss].make(self._loss_draw(), self.reduction)
         if self.two_outputs:
@@ -207,7 +208,7 @@ class Case:
             "optimizer": keras.optimizers.SGD(1 / 8),  # through float32, where Keras takes it
             "loss": loss,
             "run_eagerly": self.mode == "eager",
-            "jit_compile": self.mode == "xla" and not random,
+            "jit_compile": self.mode == "xla" and not random and BACKEND != "torch",
         }
 
     def data(self, model, size):

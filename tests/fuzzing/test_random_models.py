@@ -2,9 +2,9 @@
 
     FUZZ_MODELS=1000 FUZZ_FIRST=0 python -m pytest -m "slow or not slow" tests/fuzzing
 
-tries the models of so many seeds instead of the usual ones, whose models depend on the backend, as
-it has other layers. A failure prints a `Case` as small as it still fails, which
-`check_step(Case(...))` and its like take. What plain Keras cannot train is skipped, with the reason.
+tries the models of so many seeds instead of the usual ones. A seed's model depends on the backend,
+as not all have all layers. A failure prints a `Case` as small as it still fails, which
+`check_step(Case(...))` and its like take. What plain Keras cannot train is skipped, with a reason.
 """
 
 import contextlib
