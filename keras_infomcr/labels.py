@@ -33,28 +33,26 @@ def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
     outputs = outputs if outputs is not None else getattr(model, "outputs", None) or []
     names = sorted(outputs) if isinstance(outputs, dict) else getattr(model, "output_names", None)
     outputs = keras.tree.flatten(outputs)
-    losses = _by_output(model.loss, names, len(outputs))
-    labels = _by_output(y, names, len(outputs))
+    losses = _by_output(model.loss, names)
+    labels = _by_output(y, names)
     if len(losses) == 1:
         losses *= len(outputs)
     if not len(losses) == len(labels) == len(outputs):
         return  # Keras says what is wrong
     for loss, of_output, output in zip(losses, labels, outputs):
         if is_sparse(loss) and hasattr(of_output, "__array__"):
-            loss = keras.losses.get(loss)
-            _check(
-                of_output, output, getattr(loss, "axis", -1), getattr(loss, "ignore_class", None)
-            )
+            _check(of_output, keras.losses.get(loss), output)
 
 
-def _by_output(structure, names, count):
+def _by_output(structure, names):
     if isinstance(structure, dict) and names and set(structure) == set(names):
         return [structure[name] for name in names]
     return keras.tree.flatten(structure)
 
 
-def _check(labels, output, axis, ignored):
-    num_classes = output.shape[axis]
+def _check(labels, loss, output):
+    num_classes = output.shape[getattr(loss, "axis", -1)]
+    ignored = getattr(loss, "ignore_class", None)
     labels = labels if isinstance(labels, np.ndarray) else keras.ops.convert_to_numpy(labels)
     if labels.dtype.kind not in "iuf" or not labels.size:
         return

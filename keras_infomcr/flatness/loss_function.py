@@ -207,9 +207,12 @@ class LossFunction:
         if not self._checks_labels:
             return
         x, y = batch
-        if not self._outputs:
+        if self._outputs is None:
             x = keras.tree.map_structure(ops.convert_to_tensor, x)
-            self._outputs = self._outputs_of_batch(*args[:2], x)
+            outputs = self._outputs_of_batch(*args[:2], x)
+            self._outputs = keras.tree.map_structure(
+                lambda a: keras.KerasTensor(a.shape, a.dtype), outputs
+            )
         check_labels(self.model, y, self._outputs)
 
     def _check_probabilities(self, batch, args):
