@@ -206,6 +206,7 @@ def binary(label_smoothing=0.0):
     return keras.losses.BinaryCrossentropy(True, label_smoothing)
 
 
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 @pytest.mark.parametrize(
     ("units", "shape", "loss", "smoothed"),
     [

@@ -22,6 +22,9 @@ from keras_infomcr.flatness import (
 from keras_infomcr.flatness.loss_function import LossFunction
 from keras_infomcr.labels import is_sparse
 
+# A saturated model that is wrong about an example does not fit it, as a warning says.
+pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
+
 CLASSES = 3
 # Logits of 40 in float32 are wrong by 2e-6, and their exponentials by as much of themselves.
 ROUNDING = 1e-5
