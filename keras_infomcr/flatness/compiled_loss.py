@@ -69,7 +69,10 @@ def _looking_behind(loss, logits, clipped):
     kind, on_logits = kinds[0]
 
     def looking_behind(y_true, y_pred, sample_weight=None):
-        known = _known_logits(loss, y_pred, kind, logits)
+        from_logits = loss._fn_kwargs.get("from_logits")
+        if from_logits and hasattr(y_pred, "_keras_logits"):
+            return loss(y_true, y_pred, sample_weight)  # what backends understand differently
+        known = y_pred if from_logits else _known_logits(loss, y_pred, kind, logits)
         if known is None:
             clipped.append((y_pred, kind))
             return loss(y_true, y_pred, sample_weight)
@@ -83,8 +86,6 @@ def _looking_behind(loss, logits, clipped):
 
 
 def _known_logits(loss, y_pred, kind, logits):
-    if loss._fn_kwargs.get("from_logits") and not hasattr(y_pred, "_keras_logits"):
-        return y_pred
     last = -1, len(y_pred.shape) - 1
     usual = kind == "binary" or loss._fn_kwargs.get("axis", -1) in last
     return logits.of(y_pred, kind) if usual else None

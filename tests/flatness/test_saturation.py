@@ -192,6 +192,7 @@ USUAL = {
     "binary logits": ((3,), lambda: BINARY(from_logits=True, label_smoothing=0.2), "soft"),
     "sigmoid of classes": ((3, "sigmoid"), DENSE, "soft"),
     "softmax of labels": ((3, "softmax"), BINARY, "soft"),
+    "probabilities as logits": ((3, "softmax"), lambda: DENSE(from_logits=True), "soft"),
     "squares": ((3, "softmax"), lambda: "mse", "soft"),
 }
 
@@ -215,6 +216,7 @@ def assert_compiled_loss(model, x, y):
 
 
 @pytest.mark.parametrize("name", USUAL)
+@pytest.mark.filterwarnings("ignore:.*does not represent logits")  # on TensorFlow
 def test_loss_is_the_compiled_one_where_nothing_is_saturated(rng, name):
     layer, loss, kind = USUAL[name]
     x = rng.normal(size=(12, 4)).astype("float32")
