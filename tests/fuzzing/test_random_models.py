@@ -201,7 +201,7 @@ def weights_of(model):
 # In half precision
 
 
-@pytest.mark.parametrize("seed", seeds((5, 23), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 2), range(15)))
 def test_regularizer_is_computed_in_float32_whatever_the_policy(seed):
     assert_holds(check_precision, in_less_precision(seed))
 
@@ -302,7 +302,7 @@ def measured(case):
     return model
 
 
-@pytest.mark.parametrize("seed", seeds((1, 7, 8), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 5, 8), range(15)))
 def test_hessian_vector_products_are_differences_of_gradients(seed):
     assert_holds(check_hessian, Case.of(seed))
 
