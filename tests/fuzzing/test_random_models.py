@@ -154,6 +154,9 @@ def trained(case, base, beta):
 
 def step(model, case, k):
     x, y, weights = case.data(model, case.batch_sizes[k])
+    if BACKEND == "torch" and k == 0:
+        # It may draw from the global generator, as unseeded layers do.
+        model._symbolic_build(data_batch=(x, y, weights))
     keras.utils.set_random_seed(k)
     return model.train_on_batch(x, y, weights)
 
@@ -198,7 +201,7 @@ def weights_of(model):
 # In half precision
 
 
-@pytest.mark.parametrize("seed", seeds((5, 23), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 2), range(15)))
 def test_regularizer_is_computed_in_float32_whatever_the_policy(seed):
     assert_holds(check_precision, in_less_precision(seed))
 
@@ -299,7 +302,7 @@ def measured(case):
     return model
 
 
-@pytest.mark.parametrize("seed", seeds((1, 7, 8), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 5, 8), range(15)))
 def test_hessian_vector_products_are_differences_of_gradients(seed):
     assert_holds(check_hessian, Case.of(seed))
 
@@ -307,6 +310,8 @@ def test_hessian_vector_products_are_differences_of_gradients(seed):
 def check_hessian(case):
     if case.reduction not in ("sum_over_batch_size", "mean"):
         raise TellsNothing("the loss is no mean over the examples, which is refused")
+    if case.rounding:
+        raise TellsNothing("a layer or the loss computes in float32")
     if case.loss in WITHOUT_SECOND_DERIVATIVES:
         raise TellsNothing("the loss has no second derivative")
     model = measured(case)
