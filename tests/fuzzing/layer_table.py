@@ -173,7 +173,7 @@ LAYERS = {
     "LSTMCell": _cell(lambda d: layers.LSTMCell(2, unit_forget_bias=flip(d))),
     "LayerNormalization": (
         ANY,
-        lambda d: layers.LayerNormalization(epsilon=1e-3, center=flip(d)),
+        lambda d: layers.LayerNormalization(epsilon=1e-3, center=flip(d), scale=flip(d)),
     ),
     "LeakyReLU": (ANY, lambda d: layers.LeakyReLU(0.25)),
     "Masking": ((SEQUENCE,), lambda d: layers.Masking()),
@@ -400,7 +400,7 @@ EXCLUDED = {
     "RandomBrightness": "changes its input in place on torch",
     "RandomColorJitter": "changes its input in place on torch",
     "RandomCrop": "does not crop on JAX and torch, where its output is taken to be cropped",
-    "SpectralNormalization": "assigns its kernel in its call",
+    "SpectralNormalization": "assigns its kernel in its call, which test_unusual_layers.py is for",
     "StringLookup": "takes strings",
     "TFSMLayer": "takes a SavedModel, whose variables Keras does not know",
     "TextVectorization": "takes strings",

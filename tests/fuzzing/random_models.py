@@ -338,6 +338,13 @@ def _integers(_, draw, size):
     return draw.integers(0, 3, size)
 
 
+def _integers_or_none(arguments, draw, size):
+    labels = draw.integers(0, 3, size)
+    if arguments["ignore_class"] is not None:
+        labels[draw.random(size) < 0.3] = arguments["ignore_class"]
+    return labels
+
+
 def _one_hot(_, draw, size):
     return np.eye(3)[draw.integers(0, 3, size)]
 
@@ -383,7 +390,11 @@ LOSSES = {
     ),
     "Poisson": _kind("Poisson", _dense(2, "softplus"), _positive),
     "SparseCategoricalCrossentropy": _kind(
-        "SparseCategoricalCrossentropy", _softmax, _integers, **LOGITS
+        "SparseCategoricalCrossentropy",
+        _softmax,
+        _integers_or_none,
+        ignore_class=[None, -1],
+        **LOGITS,
     ),
     "SquaredHinge": _kind("SquaredHinge", _dense(2), _signs),
     "Tversky": _kind("Tversky", _image, _bits_in_an_image, alpha=[0.25, 0.5]),
