@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_infomcr.objective import losses_of
+
 
 def is_sparse(loss: Any) -> bool:
     """Return whether a loss, as given to `compile`, is the sparse categorical cross-entropy."""
@@ -33,8 +35,8 @@ def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
     outputs = outputs if outputs is not None else getattr(model, "outputs", None) or []
     names = sorted(outputs) if isinstance(outputs, dict) else getattr(model, "output_names", None)
     outputs = keras.tree.flatten(outputs)
-    losses = _by_output(model.loss, names)
-    labels = _by_output(y, names)
+    losses = _by_output(model.loss, names) or losses_of(model)
+    labels = _by_output(y, names) or keras.tree.flatten(y)
     if len(losses) == 1:
         losses *= len(outputs)
     if not len(losses) == len(labels) == len(outputs):
@@ -45,9 +47,10 @@ def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
 
 
 def _by_output(structure, names):
+    """Return the entries of a dictionary in the order of the outputs, else `None`."""
     if isinstance(structure, dict) and names and set(structure) == set(names):
         return [structure[name] for name in names]
-    return keras.tree.flatten(structure)
+    return None
 
 
 def _check(labels, loss, output):

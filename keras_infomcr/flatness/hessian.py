@@ -1,7 +1,6 @@
 """The Hessian of a model's loss, over all of the data or over trials."""
 
-import itertools
-
+import keras
 import numpy as np
 
 from keras_infomcr import validation
@@ -14,6 +13,7 @@ from keras_infomcr.flatness.shared import shared
 
 # They share one forward and backward pass, and are all held in memory.
 _VECTORS_AT_ONCE = 10
+_EXAMPLES_THAT_TELL = 100
 
 
 class Hessian:
@@ -101,12 +101,22 @@ def measure_hessian(
     loss = shared(("loss", training), lambda: LossFunction(model, training), model)
     generator = np.random.default_rng(seed)
     trials = trial_batches(x, y, num_examples, num_trials, batch_size, seed)
-    loss.warn_of_misfit(itertools.chain.from_iterable(trials), loss.at())
+    loss.warn_of_misfit(_first_batches(trials[0]), loss.at())
     with progress_bar(num_products * len(trials), verbose) as progress:
         hessians = [Hessian(loss, data, generator, progress) for data in trials]
         results = [measure(hessian) for hessian in hessians]
     _check_size(min(hessian.largest for hessian in hessians), loss.dtype)
     return results
+
+
+def _first_batches(data):
+    """Yield as many batches as hold the examples that tell whether the model fits."""
+    count = 0
+    for batch in data:
+        yield batch
+        count += len(keras.tree.flatten(batch)[0])
+        if count >= _EXAMPLES_THAT_TELL:
+            return
 
 
 def _check_size(largest, dtype):

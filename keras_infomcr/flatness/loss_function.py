@@ -50,7 +50,7 @@ class LossFunction:
         wide = any(v.dtype == "float64" for v in model.trainable_variables)
         self.dtype = np.dtype("float64" if wide else "float32")
         self._lock = threading.Lock()
-        self._checks_labels = any(map(is_sparse, losses_of(model)))
+        self._checks_labels = any(is_sparse(loss) for loss in losses_of(model))
         self._outputs_of_batch = self.compiled(self._predict)
         self._outputs = getattr(model, "outputs", None)
         self._clipped = []

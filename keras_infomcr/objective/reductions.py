@@ -6,13 +6,13 @@ def is_mean_over_examples(model):
 
     Only then is L(B) = sum_i (b_i/B) L(B_i) for a model that maps each example by itself.
     """
-    losses = losses_of(model)
+    losses = [loss for loss in losses_of(model) if loss is not None]
     reductions = {getattr(loss, "reduction", "sum_over_batch_size") for loss in losses}
     return reductions <= {"sum_over_batch_size", "mean"}
 
 
 def losses_of(model):
-    """Return the compiled losses of the outputs as a list."""
+    """Return the compiled losses of the outputs as a list, `None` where there is none."""
     return _leaves(model.loss)
 
 
@@ -21,5 +21,5 @@ def _leaves(structure):
     if isinstance(structure, dict):
         structure = structure.values()
     elif not isinstance(structure, (list, tuple)):
-        return [] if structure is None else [structure]
+        return [structure]
     return [leaf for part in structure for leaf in _leaves(part)]

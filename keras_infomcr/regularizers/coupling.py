@@ -44,7 +44,7 @@ def couples_no_examples(model):
     Known are Functional models of listed Keras layers with listed losses of Keras. Random layers
     are left out: slices would see other masks than the full batch does.
     """
-    compiled_losses = losses_of(model)
+    compiled_losses = [loss for loss in losses_of(model) if loss is not None]
     return (
         type(model).compute_loss is keras.Model.compute_loss
         and is_mean_over_examples(model)

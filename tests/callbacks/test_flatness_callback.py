@@ -202,6 +202,7 @@ def test_bad_settings_are_refused_at_once(data):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 def test_measures_of_other_models_and_data_are_their_own(data):
     """What is compiled is kept for the model and the data that it was compiled for."""
     other, (x, y) = classifier(), data

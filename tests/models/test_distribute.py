@@ -341,6 +341,7 @@ class Stop(keras.callbacks.Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_path):
     """In the third epoch, after the drop of the learning rate that opens the gate."""
 

@@ -204,6 +204,7 @@ def test_layers_that_draw_by_tensorflow_are_refused(way):
 
 
 @only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 @pytest.mark.parametrize(
     "measure",
     [

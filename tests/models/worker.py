@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -114,6 +115,7 @@ def train(folder, index=0, synchronized=False, killed_at=None):
     """
     import tensorflow as tf
 
+    warnings.filterwarnings("ignore", "The loss is no cross-entropy", UserWarning)
     x, y = data()
     strategy = tf.distribute.get_strategy()
     if "TF_CONFIG" in os.environ:
