@@ -162,3 +162,44 @@ def test_what_is_no_array_is_left_to_keras():
     for y in (None, [0, 1, 9], [np.array([9]), np.array([9])], {"c": iter([9])}):
         check_labels(model, y)
     check_labels(subclassed(), np.array([9]))  # whose classes are not known
+
+
+class CountsFromOne(RegularizedModel):
+    """Changes the labels in its `compute_loss`."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, y - 1, y_pred, sample_weight, training)
+
+
+def test_labels_that_the_model_changes_are_its_own_business(rng):
+    model = functional(base=CountsFromOne)
+    x, y = inputs_of(rng), np.array([1, 2, 3, 4, 4, 1])
+    model.fit(x, y, verbose=0)
+    assert np.isfinite(flatness.hessian_trace(model, x, y).value)
+
+
+def test_a_loss_for_one_output_by_name_is_that_of_no_other(rng):
+    inputs = keras.Input((3,))
+    outputs = {"a": layers.Dense(4, name="a")(inputs), "b": layers.Dense(1, name="b")(inputs)}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", {"a": SPARSE(from_logits=True)})
+    check_labels(model, {"a": np.array([0, 1, 3]), "b": np.array([-9.7, 0.0, 13.8])})
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        check_labels(model, {"a": np.array([0, 1, 4]), "b": np.array([-9.7, 0.0, 13.8])})
+
+
+def test_labels_of_outputs_of_unknown_size():
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, layers.Dense(1)(inputs)[..., 0])
+    model.compile("sgd", SPARSE(from_logits=True))
+    check_labels(model, np.array([0, 7]))
+    with pytest.raises(ValueError, match=r"integers from 0 to K - 1 .* from -1 to 7"):
+        check_labels(model, np.array([-1, 7]))
+
+
+def test_labels_of_masked_outputs_may_be_anything():
+    inputs = keras.Input((None,))
+    outputs = layers.Dense(4)(layers.Embedding(5, 3, mask_zero=True)(inputs))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", SPARSE(from_logits=True))
+    check_labels(model, np.array([[0, 3, -1], [1, -1, -1]]))

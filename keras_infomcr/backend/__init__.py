@@ -38,6 +38,8 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
   hold their tensors themselves, use the present values of the variables and keep their state.
 * `without_rematerialization()`: a context in which `keras.RematScope` and `keras.remat` do nothing,
   where the framework computes anew in a backward pass that has left the scope of the evaluation.
+* `functions_may_hide_weights()`: whether functions that `keras.remat` has made give no gradient by
+  weights other than variables.
 * `assigns_in_place()`: whether what a layer assigns when it is called takes effect at once, so that
   no gradient goes through it. Else it is a part of what is differentiated, and what is assigned to
   trainable weights is dropped by Keras's training step.
@@ -100,6 +102,7 @@ cond = _module.cond
 devices = _module.devices
 float64_allowed = _module.float64_allowed
 forward = _module.forward
+functions_may_hide_weights = _module.functions_may_hide_weights
 hessian_vector_product = _module.hessian_vector_product
 hessian_vector_products = _module.hessian_vector_products
 is_chief = _module.is_chief

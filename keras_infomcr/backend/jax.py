@@ -221,6 +221,11 @@ def without_rematerialization():
     return contextlib.nullcontext()
 
 
+def functions_may_hide_weights():
+    """Return `False`: `jax.checkpoint` sees all arrays."""
+    return False
+
+
 def assigns_in_place():
     """Return `False`: Keras's step is a function that returns what has been assigned."""
     return False

@@ -63,7 +63,8 @@ def hessian_vector_products(function, compiled=True):
                         value = function(weights, *args)
                 gradients = inner.gradient(value, weights)
                 known = [k for k, g in enumerate(gradients) if g is not None]
-                gradients = [_dense(gradients, weights)[k] for k in known]
+                dense = _dense(gradients, weights)
+                gradients = [dense[k] for k in known]
 
             def product(vector):
                 return _gradients(tape, gradients, weights, [vector[k] for k in known])
@@ -261,6 +262,11 @@ def modules_at_variables(model):
 def without_rematerialization():
     """Let `tf.recompute_grad` return the function: its gradients see variables alone."""
     return _replaced(tf, "recompute_grad", lambda _: lambda function: function)
+
+
+def functions_may_hide_weights():
+    """Return `True`: `tf.recompute_grad` sees variables alone."""
+    return True
 
 
 def assigns_in_place():

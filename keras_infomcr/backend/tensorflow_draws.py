@@ -31,7 +31,8 @@ def draws_refused():
             "Layers must draw random numbers by `keras.random`, with a `seed` that is a "
             "`keras.random.SeedGenerator` made in their constructor: two evaluations of the loss "
             "must see the same numbers. Received: layers that draw by operations of TensorFlow, "
-            f"{draws}. Change these layers, or train with `compile(regularizer=None)`."
+            f"{draws}. Change these layers; as they are, the model can be trained with "
+            "`compile(regularizer=None)`, and not be measured."
         )
 
 

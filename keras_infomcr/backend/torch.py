@@ -231,17 +231,36 @@ def modules_at_variables(model):
 
 @contextlib.contextmanager
 def without_rematerialization():
-    """Call what `torch.utils.checkpoint` would call again in the backward pass once only."""
+    """Call what `torch.utils.checkpoint` would call again in the backward pass once only.
+
+    Private name of torch used here, unchanged from 2.1 to 2.13, for those who have imported the
+    function `checkpoint` before: `_checkpoint_without_reentrant_generator`, which it calls.
+    """
 
     def called(function, *args, use_reentrant=None, **kwargs):
         return function(*args, **kwargs)
 
-    checkpoint = torch.utils.checkpoint.checkpoint
-    torch.utils.checkpoint.checkpoint = called
+    def around_the_call(*args, **kwargs):
+        yield
+
+    replacements = {
+        "checkpoint": called,
+        "_checkpoint_without_reentrant_generator": around_the_call,
+    }
+    module = torch.utils.checkpoint
+    originals = {name: getattr(module, name) for name in replacements if hasattr(module, name)}
+    for name in originals:
+        setattr(module, name, replacements[name])
     try:
         yield
     finally:
-        torch.utils.checkpoint.checkpoint = checkpoint
+        for name, original in originals.items():
+            setattr(module, name, original)
+
+
+def functions_may_hide_weights():
+    """Return `False`: `torch.utils.checkpoint` sees all tensors."""
+    return False
 
 
 def assigns_in_place():

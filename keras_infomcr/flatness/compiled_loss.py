@@ -8,12 +8,23 @@ Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, 
 its `_flat_losses`, and `_fn_kwargs` of a loss.
 """
 
-import copy
-
 import keras
 from keras import ops
 
 from keras_infomcr.flatness.replaced import replaced
+
+
+def build_compiled_loss(model, y, outputs):
+    """Let Keras choose its functions by outputs, which it else does in the first evaluation.
+
+    What it makes besides, metrics, must not be made while a framework traces.
+    """
+    if _is_of_keras(model) and not model._compile_loss.built:
+        model._compile_loss.build(y, outputs)
+
+
+def _is_of_keras(model):
+    return type(model).compute_loss is keras.Model.compute_loss
 
 
 def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False):
@@ -38,7 +49,7 @@ def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False
         return model._compute_loss(x, y, outputs, None, training=training)
 
     known = model._compile_loss
-    if not known.built:  # Keras chooses its functions by the first outputs
+    if not known.built:  # only a `compute_loss` of the user's can know by what to choose them
         compute()
     clipped, entries = [], known._flat_losses or []
     if of_example:
@@ -55,14 +66,21 @@ def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False
 def _without_smoothing(loss):
     if not getattr(loss, "_fn_kwargs", {}).get("label_smoothing"):
         return loss
-    loss = copy.copy(loss)
-    loss._fn_kwargs = {**loss._fn_kwargs, "label_smoothing": 0.0}
-    return loss
+    return _changed(loss, _fn_kwargs={**loss._fn_kwargs, "label_smoothing": 0.0})
+
+
+def _changed(loss, **attributes):
+    """Return a copy of a loss with other attributes; `copy.copy` would serialise it."""
+    changed = object.__new__(type(loss))
+    changed.__dict__.update(loss.__dict__ | attributes)
+    return changed
 
 
 def _looking_behind(loss, logits, clipped):
     """Return what computes a loss of the logits where they are known, and else notes the output."""
     function = getattr(loss, "fn", None)
+    if type(loss).call is not keras.losses.CategoricalCrossentropy.call:
+        return loss  # which may make something else of the probabilities first
     kinds = [(kind, on) for known, kind, on in _CROSS_ENTROPIES if known is function]
     if not kinds:
         return loss
@@ -76,8 +94,8 @@ def _looking_behind(loss, logits, clipped):
         if known is None:
             clipped.append((y_pred, kind))
             return loss(y_true, y_pred, sample_weight)
-        twin = copy.copy(loss)
-        twin.fn, twin._fn_kwargs = on_logits(function), {**loss._fn_kwargs, "from_logits": True}
+        arguments = {**loss._fn_kwargs, "from_logits": True}
+        twin = _changed(loss, fn=on_logits(function), _fn_kwargs=arguments)
         call = twin.call
         twin.call = lambda y_true, _: call(y_true, ops.cast(known, twin.dtype))
         return twin(y_true, y_pred, sample_weight)  # which takes the mask from the output

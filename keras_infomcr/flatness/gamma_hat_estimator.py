@@ -8,6 +8,7 @@ import numpy as np
 from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
 from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
+from keras_infomcr.flatness.compiled_loss import build_compiled_loss
 from keras_infomcr.flatness.estimate import standard_error
 from keras_infomcr.flatness.example_values import (
     CategoricalLogOdds,
@@ -188,6 +189,7 @@ class GammaHatEstimator:
         taps = Taps(self.model)
         outputs, logits = self._predict(taps, 1)
         check_labels(self.model, self._y, outputs)
+        build_compiled_loss(self.model, self._y, outputs)
         normalization = settings["normalize_softmax"], settings["softmax_scale"]
         self._values = example_values(self.model, outputs, logits, *normalization)
         other_loss = isinstance(self._values, ExampleLoss)

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
-from keras_infomcr.flatness.compiled_loss import compiled_loss
+from keras_infomcr.flatness.compiled_loss import build_compiled_loss, compiled_loss
 from keras_infomcr.flatness.example_values import kind_of_loss
 from keras_infomcr.flatness.logits import predict_with_logits
 from keras_infomcr.flatness.shared import end_of_checks
@@ -167,7 +167,8 @@ class LossFunction:
                 if batch is None:
                     return sums, count
                 size = len(keras.tree.flatten(batch)[0])
-                self._check_labels(batch, args)
+                with lock:
+                    self._prepare(batch, args)
                 batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
                 found = backend.on_device(device, function, *args, *batch)
                 found = found if isinstance(found, (list, tuple)) else [found]
@@ -203,17 +204,19 @@ class LossFunction:
         with self._lock, self._objective.at(weights, state, self._training) as (predict, _):
             return predict(x)
 
-    def _check_labels(self, batch, args):
-        if not self._checks_labels:
-            return
+    def _prepare(self, batch, args):
+        """Check the labels of a batch and build the compiled loss, where that needs be."""
         x, y = batch
-        if self._outputs is None:
+        built = self.model._compile_loss.built
+        if not built or (self._checks_labels and self._outputs is None):
             x = keras.tree.map_structure(ops.convert_to_tensor, x)
             outputs = self._outputs_of_batch(*args[:2], x)
-            self._outputs = keras.tree.map_structure(
+            build_compiled_loss(self.model, y, outputs)
+            self._outputs = self._outputs or keras.tree.map_structure(
                 lambda a: keras.KerasTensor(a.shape, a.dtype), outputs
             )
-        check_labels(self.model, y, self._outputs)
+        if self._checks_labels:
+            check_labels(self.model, y, self._outputs)
 
     def _check_probabilities(self, batch, args):
         """Warn once of probabilities that Keras clips, whose loss then has no derivatives."""
@@ -240,7 +243,8 @@ class LossFunction:
         """Return the cross-entropy and that of a uniform guess, `None` for any other loss."""
         loss, outputs = self.evaluate(weights, state, x, y)
         compiled, kind = kind_of_loss(self.model, outputs)
-        if kind is None:
+        # A `compute_loss` of the user's may take other labels.
+        if kind is None or type(self.model).compute_loss is not keras.Model.compute_loss:
             return loss, None
         y, outputs = (keras.tree.flatten(a)[0] for a in (y, outputs))
         num_classes = outputs.shape[-1]

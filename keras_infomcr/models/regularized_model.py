@@ -247,9 +247,17 @@ class RegularizedModel(keras.Model):
         *args,
         **kwargs,
     ):
-        """Train the model, as `keras.Model.fit`, with `infomcr_reg` in the logs."""
+        """Train the model, as `keras.Model.fit`, with `infomcr_reg` in the logs.
+
+        Raises:
+            ValueError: Also if `y` is an array that holds labels of no class of a sparse
+                categorical cross-entropy.
+        """
         if self._regularizer is not None:
-            if kwargs.get("sample_weight") is None:  # by which examples may be left out
+            # A sample weight of 0 may leave an example out, and an own step may change the labels.
+            if kwargs.get("sample_weight") is None and (
+                type(self).train_step is RegularizedModel.train_step
+            ):
                 labels.check_labels(self, y)
             callbacks = _with_log(callbacks, LogRegularizer(self._monitor), verbose)
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)

@@ -35,13 +35,14 @@ class Objective:
 
     Attributes:
         rewritten: Set of the paths of trainable weights that layers have assigned in evaluations.
-        unreached: Set of the numbers of the weights that an evaluation had no gradient by.
+        reached: Set of the numbers of the weights that an evaluation had a gradient by; `None` if
+            none was noted.
     """
 
     def __init__(self, model):
         self.model = model
         self.rewritten = set()
-        self.unreached = set()
+        self.reached = None
         # A training step changes them before the sub-batches, which start from the same, are seen.
         self._carried = [(v, keras.ops.copy(v)) for v in self._carried_variables()]
 
@@ -103,7 +104,8 @@ class Objective:
 
     def note_gradients(self, gradients):
         """Take in the gradients of an evaluation, `None` where there is none."""
-        self.unreached |= {k for k, gradient in enumerate(gradients) if gradient is None}
+        found = {k for k, gradient in enumerate(gradients) if gradient is not None}
+        self.reached = found | (self.reached or set())
 
     def sub_batches(self, batch, count):
         """Return `count` nearly equal slices of a batch with their fractions of it."""

@@ -162,10 +162,9 @@ class SubBatchPerturbation(Regularizer):
 
     def gives_main_gradient(self, model):
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        averages = is_mean_over_examples(model)
         if self.main_gradient == "auto":
             return coupling.couples_no_examples(model)
-        if self.main_gradient == "sub_batches" and not averages:
+        if self.main_gradient == "sub_batches" and not is_mean_over_examples(model):
             raise ValueError(
                 "The loss must be a mean over the examples where the training gradient is the "
                 'mean over sub-batches. Received: main_gradient="sub_batches" and '

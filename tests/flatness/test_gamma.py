@@ -122,6 +122,7 @@ def test_bad_tolerances(data, value):
         gamma_hat(classifier(), *data, relative_tolerance=value)
 
 
+@pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 @pytest.mark.parametrize(
     ("draw", "kind"),
     [(plot.gamma_hat_by_layer, "GammaHatByLayer"), (plot.spectral_density, "SpectralDensity")],

@@ -15,6 +15,7 @@ from measuring import softmax
 from keras_infomcr.flatness import (
     adaptive_sharpness,
     gamma_hat,
+    hessian_frobenius_norm,
     hessian_spectral_radius,
     hessian_trace,
     local_energy,
@@ -272,3 +273,61 @@ def test_logits_of_a_sigmoid_are_none_of_a_softmax(float64, rng):
     with pytest.warns(UserWarning, match="does not end in a softmax or sigmoid"):
         found = gamma_hat(of_sigmoids, x, y, **settings)
     assert found.value == pytest.approx(gamma_hat(of_logarithms, x, y, **settings).value, rel=1e-9)
+
+
+class Corrected(keras.losses.CategoricalCrossentropy):
+    """Multiplies the probabilities by a matrix first, as for noisy labels; not registered."""
+
+    def call(self, y_true, y_pred):
+        return super().call(y_true, corrected(y_pred))
+
+
+class Renamed(keras.losses.CategoricalCrossentropy):
+    """Keras's loss under another name, not registered."""
+
+
+def corrected(probabilities):
+    return keras.ops.matmul(probabilities, keras.ops.convert_to_tensor(NOISE))
+
+
+def corrected_cross_entropy(y_true, y_pred):
+    return keras.losses.categorical_crossentropy(y_true, corrected(y_pred))
+
+
+NOISE = (np.eye(3) * 0.7 + 0.1).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("loss", "same"),
+    [
+        (Corrected, lambda: corrected_cross_entropy),
+        (Renamed, keras.losses.CategoricalCrossentropy),
+    ],
+    ids=["corrected", "renamed"],
+)
+@pytest.mark.parametrize("measure", [hessian_frobenius_norm, hessian_trace])
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
+def test_losses_derived_from_those_of_keras(rng, loss, same, measure):
+    """A loss that computes the same as another has the same derivatives, to float32."""
+    x, y = rng.normal(size=(20, 4)).astype("float32"), np.eye(3)[rng.integers(3, size=20)]
+    found = []
+    for make in (loss, same):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "softmax")])
+        model.compile("sgd", make())
+        found.append(measure(model, x, y, num_examples=20, num_trials=1, seed=0).value)
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["softmax", None])
+def test_several_outputs_of_a_model_that_was_never_trained(rng, activation):
+    """On JAX what Keras makes at its first loss must not be made while it is traced."""
+    inputs = keras.Input((4,))
+    outputs = [layers.Dense(3, activation)(inputs) for _ in range(2)]
+    model = keras.Model(inputs, outputs)
+    loss = losses.CategoricalCrossentropy(from_logits=activation is None)
+    model.compile("sgd", [loss, loss])
+    x, y = rng.normal(size=(20, 4)).astype("float32"), np.eye(3)[rng.integers(3, size=20)]
+    first = hessian_frobenius_norm(model, x, [y, y], seed=0).value
+    model.evaluate(x, [y, y], verbose=0)
+    assert first == pytest.approx(hessian_frobenius_norm(model, x, [y, y], seed=0).value, rel=1e-5)

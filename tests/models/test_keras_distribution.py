@@ -177,6 +177,7 @@ def test_states_of_recurrent_layers_are_those_of_one_device(distribution, float6
     assert_same(trained(distribution), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_gate_opens_and_gamma_hat_is_that_of_one_device(distribution, float64):
     def callbacks():
         lower = keras.callbacks.LearningRateScheduler(lambda epoch: [1 / 8, 1 / 16][epoch])

@@ -69,6 +69,60 @@ def test_functions_that_hide_weights_are_refused():
         np.testing.assert_array_equal(old, new)
 
 
+class Experts(keras.layers.Layer):
+    """Its second layer acts only where an example needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(2), keras.layers.Dense(2)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def compute_output_shape(self, shape):
+        return shape[0], 2
+
+    def call(self, inputs):
+        needed = inputs[:, :1] > 0
+        if bool(keras.ops.any(needed)):
+            return keras.ops.where(needed, self.second(inputs), self.first(inputs))
+        return self.first(inputs)
+
+
+@only_on("tensorflow", "torch", reason="JAX cannot choose by what the data hold")
+@pytest.mark.usefixtures("float64")
+def test_layers_that_only_some_sub_batches_reach():
+    x = np.concatenate([np.abs(X[:3]), -np.abs(X[:3])])  # the second sub-batch does without
+
+    def build(base):
+        inputs = keras.Input((4,))
+        return base(inputs, Experts()(inputs))
+
+    check(build, fitting(x, batch_size=6), compiling(**EAGER))
+
+
+@only_on("torch", reason="it is torch's")
+def test_checkpoints_that_were_imported_by_name(rng):
+    from torch.utils.checkpoint import checkpoint
+
+    class Again(keras.layers.Dense):
+        def call(self, inputs, training=None):
+            return checkpoint(super().call, inputs, use_reentrant=False)
+
+    weights = []
+    for layer in (Again, keras.layers.Dense):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        model = RegularizedModel(inputs, keras.layers.Dense(2)(layer(5, "tanh")(inputs)))
+        regularizer = SubBatchPerturbation(0.5, BETA, 2)
+        model.compile(keras.optimizers.SGD(RATE), "mse", regularizer=regularizer)
+        model.fit(X, Y, epochs=3, shuffle=False, verbose=0)
+        weights.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    # The same operations: rounding of float32.
+    np.testing.assert_allclose(*weights, rtol=0, atol=1e-6)
+
+
 def spectral(main_gradient):
     """Return a model of one layer that assigns its kernel, and that layer; squared error."""
     keras.utils.set_random_seed(1)
