@@ -66,7 +66,7 @@ def gamma_hat(
 
     over T trials of N' examples each. For cross-entropy it is computed from the log-odds m_i of
     the true classes, ln|xi| = 2 sum_i ln sigmoid(-m_i) + ln|G| with G the Gram matrix of the
-    grad m_i, which stays right when the losses vanish. Labels count by their largest entry. Of
+    grad m_i, which stays right when the losses vanish. Labels count by their largest entry. For
     any other loss J holds the gradients of the loss itself, and a warning says that this is no
     gamma-hat of a classifier. The model, its state, its optimizer and all seeds are left as they
     are.
@@ -74,14 +74,14 @@ def gamma_hat(
     Whatever the loss, l_i is the loss of the example alone, as Fisher information is that of
     -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
     activities and sample weights have no part in it. (The paper trains with label smoothing and
-    measures with one-hot labels, Sec. 3.1.) Of several outputs l_i is the sum of their losses,
-    weighted by `loss_weights`, for nothing else makes one loss of them; and losses other than the
-    cross-entropy of one output take soft labels as they are.
+    measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum of
+    their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses other
+    than the cross-entropy of one output take soft labels as they are.
 
     To compare runs with and without a regulariser pass `normalize_softmax=True`, as the paper
     does: without it the value falls as the logits grow, and is least for a run that has diverged.
-    Of a model that does not fit its data (a mean loss above twice that of a uniform guess) a
-    warning says so.
+    A warning says so if the model does not fit its data (a mean loss above twice the loss of a
+    uniform guess).
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Eq. 5 and 6 (https://arxiv.org/abs/1911.08192). The paper's code

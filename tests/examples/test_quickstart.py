@@ -26,7 +26,7 @@ def made_up(plain, regularised):
 
 
 def test_comparison_is_of_pairs():
-    """Of the differences 1, 3 and -1 the mean is 1 and the standard deviation 2."""
+    """The differences 1, 3 and -1 have the mean 1 and the standard deviation 2."""
     pairs = (4, 5), (1, 4), (1, 0)
     rows = [{"seed": 5 + k, **made_up(*pair)} for k, pair in enumerate(pairs)]
     title, _, *lines = quickstart.comparison({"epochs": 7, "versions": "made up", "rows": rows})

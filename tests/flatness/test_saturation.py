@@ -130,7 +130,7 @@ def test_gradient_of_saturated_softmax_regression(name, right):
 @pytest.mark.parametrize("labels", [(1, 0), (0, 1), (1, 1)], ids=["right", "wrong", "both"])
 @pytest.mark.parametrize("activation", ["sigmoid", None])
 def test_saturated_logistic_regression(activation, labels):
-    """Of the logits 40 and -40; p (1 - p) is the same for both."""
+    """The logits are 40 and -40; p (1 - p) is the same for both."""
     loss = BINARY(from_logits=activation is None)
     model = model_of(layers.Dense(1, activation, use_bias=False), loss=loss, inputs=(1,))
     model.set_weights([np.array([[40.0]])])
