@@ -40,7 +40,7 @@ def _draws(graph, operations):
     """Return the names of the operations that draw, by themselves or in functions they call."""
     found = [op.name for op in operations if _is_draw(op.type, op.op_def.is_stateful)]
     callers = {op.name: functions for op in operations if (functions := _functions(op))}
-    if callers:
+    if callers:  # only then: the definitions of all functions of the graph are made
         library = {f.signature.name: f for f in graph.as_graph_def().library.function}
         found += [name for name, called in callers.items() if _any_draws(called, library, set())]
     return found
