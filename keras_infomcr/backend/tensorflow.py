@@ -12,7 +12,7 @@ import threading
 import keras
 import tensorflow as tf
 
-from keras_infomcr.backend.tensorflow_draws import draws_refused
+from keras_infomcr.backend.tensorflow_draws import check_draws_of_eager_model, draws_refused
 from keras_infomcr.backend.tensorflow_graphs import cond, looped, traced_once  # noqa: F401
 
 
@@ -294,7 +294,10 @@ def apply(optimizer, gradients, variables):
 
 def train_step(step, model, data):
     """Return the logs of the step."""
-    return step(keras.tree.map_structure(_as_tensor, data))
+    data = keras.tree.map_structure(_as_tensor, data)
+    if tf.executing_eagerly():
+        check_draws_of_eager_model(model, keras.utils.unpack_x_y_sample_weight(data)[0])
+    return step(data)
 
 
 def _as_tensor(array):

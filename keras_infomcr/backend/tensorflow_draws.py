@@ -1,8 +1,13 @@
-"""TensorFlow: random numbers that an evaluation cannot be made to draw again."""
+"""TensorFlow: random numbers that an evaluation cannot be made to draw again.
+
+Private name of Keras used here, unchanged from 3.10 to 3.15: `_call_has_training_arg`.
+"""
 
 import contextlib
 import re
+import weakref
 
+import keras
 import tensorflow as tf
 
 # Operations that draw from hidden states of TensorFlow; Keras's own random layers use none.
@@ -12,12 +17,19 @@ _DRAW = re.compile(
     "Stateful(Uniform|StandardNormal|TruncatedNormal|RandomBinomial)"
 )
 
+_checked = weakref.WeakSet()
+
+
+class _Draws(ValueError):
+    """What is raised."""
+
 
 @contextlib.contextmanager
 def draws_refused():
     """Raise an error if what is traced in this context draws random numbers by TensorFlow itself.
 
-    Two evaluations would draw different numbers. Nothing is traced where a model runs eagerly.
+    Two evaluations would draw different numbers. Nothing is traced where a model runs eagerly: see
+    `check_draws_of_eager_model`.
     """
     if tf.executing_eagerly():
         yield
@@ -27,13 +39,33 @@ def draws_refused():
     yield
     draws = _draws(graph, graph.get_operations()[start:])
     if draws:
-        raise ValueError(
+        raise _Draws(
             "Layers must draw random numbers by `keras.random`, with a `seed` that is a "
             "`keras.random.SeedGenerator` made in their constructor: two evaluations of the loss "
             "must see the same numbers. Received: layers that draw by operations of TensorFlow, "
             f"{draws}. Change these layers; as they are, the model can be trained with "
             "`compile(regularizer=None)`, and not be measured."
         )
+
+
+def check_draws_of_eager_model(model, x):
+    """Raise that error, once for a model that runs eagerly, by tracing it for nothing else."""
+    if model in _checked or not model.built:
+        return
+    _checked.add(model)
+    call = {"training": True} if model._call_has_training_arg else {}
+
+    @tf.function(autograph=False)
+    def traced(x):
+        with keras.StatelessScope(collect_losses=True), draws_refused():
+            return model(x, **call)
+
+    try:
+        traced.get_concrete_function(x)
+    except _Draws:
+        raise
+    except Exception:  # a model that can only run eagerly
+        return
 
 
 def _draws(graph, operations):

@@ -237,17 +237,18 @@ class Noise(keras.layers.Layer):
         return inputs + tf.random.normal(shape)
 
 
-def noisy(way):
+def noisy(way, **mode):
     inputs = keras.Input((4,))
     model = RegularizedModel(inputs, keras.layers.Dense(2)(Noise(way)(inputs)))
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", **mode)
     return model
 
 
 @only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
 @pytest.mark.parametrize("way", ["direct", "branch", "function", "generator"])
-def test_layers_that_draw_by_tensorflow_are_refused(way):
-    model = noisy(way)
+def test_layers_that_draw_by_tensorflow_are_refused(way, mode):
+    model = noisy(way, **mode)
     before = model.get_weights()
     with pytest.raises(ValueError, match=r"keras.random.*SeedGenerator.*/noise"):
         model.fit(X, Y, verbose=0)
