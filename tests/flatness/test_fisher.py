@@ -16,6 +16,9 @@ from keras_infomcr.flatness import (
 )
 from keras_infomcr.flatness.shared import sharing
 
+# Small networks with random weights may be wrong about their few examples, as a warning says.
+pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
+
 MEASURES = [
     (fisher_spectral_radius, lambda fisher: np.linalg.eigvalsh(fisher)[-1]),
     (fisher_frobenius_norm, lambda fisher: math.sqrt(np.sum(fisher**2))),

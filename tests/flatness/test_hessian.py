@@ -21,6 +21,9 @@ from keras_infomcr.flatness import (
 )
 from keras_infomcr.flatness.loss_function import LossFunction
 
+# Small networks with random weights may be wrong about their few examples, as a warning says.
+pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
+
 NUM_CLASSES = 3
 MEASURES = [
     hessian_frobenius_norm,
