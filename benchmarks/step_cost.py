@@ -117,7 +117,7 @@ def make_models(name, jit, count):
         yield "literal", literal(name, jit, count)
 
 
-def measure(name, batch_size, count, jit, rounds):
+def measure(name, batch_size, count, jit, rounds, kinds=None):
     """Return the rows of one table: dictionaries with the figures of each model."""
     rng = np.random.default_rng(0)
     shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
@@ -126,6 +126,8 @@ def measure(name, batch_size, count, jit, rounds):
     make(name, jit).train_on_batch(x, y)  # what the framework does once
     steps, first = {}, {}
     for label, model in make_models(name, jit, count):
+        if kinds and label not in kinds:
+            continue
         start = time.perf_counter()
         model.train_on_batch(x, y)
         first[label] = time.perf_counter() - start
@@ -212,6 +214,7 @@ def parse():
     add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
     add("--batch-sizes", type=int, nargs="+", default=[128, 512])
     add("--num-sub-batches", type=int, nargs="+", default=[8, 16])
+    add("--steps", nargs="+", help="the rows of the tables, `plain` among them; all unless given")
     add("--rounds", type=int, default=10, help="steps of each kind, at least (%(default)s)")
     add("--jit", action="store_true", help="compile with XLA or torch.compile")
     add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
@@ -237,7 +240,7 @@ def main():
     report, path = reports.load(settings.output, "step_cost", *precision_and_jit)
     cases = itertools.product(settings.networks, settings.batch_sizes, settings.num_sub_batches)
     for case in cases:
-        rows = measure(*case, jit, settings.rounds)
+        rows = measure(*case, jit, settings.rounds, settings.steps)
         print(table(report | {"rows": rows}), flush=True)
         report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
         reports.save(report, path)

@@ -1,6 +1,7 @@
 """What the tests need of the framework that they run on, written apart from the package."""
 
 import contextlib
+import random
 
 import keras
 import numpy as np
@@ -218,20 +219,22 @@ def global_random_number():
 
 
 def generator_states():
-    """Return what unseeded layers draw from: torch's global generator."""
-    if BACKEND != "torch":
-        return None
-    import torch
+    """Return what unseeded layers draw from: the global generators of Python, and of torch."""
+    states = [random.getstate()]
+    if BACKEND == "torch":
+        import torch
 
-    return torch.get_rng_state().numpy()
+        states.append(torch.get_rng_state())
+    return states
 
 
 def restore_generators(states):
     """Set what `generator_states` returned."""
+    random.setstate(states[0])
     if BACKEND == "torch":
         import torch
 
-        torch.set_rng_state(torch.from_numpy(states))
+        torch.set_rng_state(states[1])
 
 
 def assert_array_equal(actual, desired, **kwargs):

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "validation": set(),
     "scalars": set(),
     "core": set(),
-    "backend": set(),
+    "backend": {"core"},
     "sub_batches": {"backend"},
     "objective": {"backend", "sub_batches"},
     "labels": {"objective"},

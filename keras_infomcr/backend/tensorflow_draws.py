@@ -10,6 +10,8 @@ import weakref
 import keras
 import tensorflow as tf
 
+from keras_infomcr.core.host_generators import host_generators_kept
+
 # Operations that draw from hidden states of TensorFlow; Keras's own random layers use none.
 _DRAW = re.compile(
     "Random(?!Dataset)|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|"
@@ -61,7 +63,8 @@ def check_draws_of_eager_model(model, x):
             return model(x, **call)
 
     try:
-        traced.get_concrete_function(x)
+        with host_generators_kept():
+            traced.get_concrete_function(x)
     except _Draws:
         raise
     except Exception:  # a model that can only run eagerly

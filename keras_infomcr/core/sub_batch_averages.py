@@ -1,8 +1,11 @@
 """InfoMCR's regulariser from the sub-batches of a batch, by two estimators."""
 
+import contextlib
 import dataclasses
 import operator
 from typing import Any
+
+from keras_infomcr.core.host_generators import host_generators_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,8 @@ def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
     """
 
     def terms(state, batch):
-        loss, g, predictions, new_state = evaluate(weights, state, batch)
+        with host_generators_kept():  # for the second evaluation to draw the same
+            loss, g, predictions, new_state = evaluate(weights, state, batch)
         moved = [w if d is None else w - alpha * d for w, d in zip(weights, g)]
         moved_loss, h, _, _ = evaluate(moved, state, batch)
         difference = [None if a is None or b is None else a - b for a, b in zip(g, h)]
@@ -135,7 +139,9 @@ def average(
         return summands, output, left
 
     first = [state[k] for k in passed_on]
-    sums, outputs = (add_up or accumulate)(weighted, first, count)
+    # Beside a main pass that has drawn already, nothing is to be left of what is drawn here.
+    with contextlib.nullcontext() if main_pass else host_generators_kept():
+        sums, outputs = (add_up or accumulate)(weighted, first, count)
     value, *averages = _scale(1 / count, sums, multiply)
     if not main_pass:
         return SubBatchAverages(value, averages)

@@ -4,6 +4,8 @@ The nets of `check` are compared with `Literal` of `test_fit_features.py`, whose
 its tolerances come from.
 """
 
+import random
+
 import keras
 import numpy as np
 import pytest
@@ -211,6 +213,36 @@ def test_a_layer_that_assigns_its_state_does_so_once_a_step():
     model = check(build, fitting(), compiling(**EAGER))
     # Two calls of `fit`, two batches each.
     assert numpy(model.layers[2].calls) == 4
+
+
+class HostNoise(keras.layers.Layer):
+    """Adds noise that Python and NumPy draw: at each call, or while the call is traced."""
+
+    def call(self, inputs):
+        return inputs + (random.random() + np.random.default_rng(np.random.randint(99)).random())
+
+
+@pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
+@pytest.mark.parametrize("main_gradient", ["full_batch", "sub_batches"])
+def test_a_pair_shares_what_python_and_numpy_draw(main_gradient, mode, float64):
+    """With shared draws g - h is alpha H g, some 1e-7 of g at this alpha; else as large as g."""
+    rules = [SubBatchPerturbation(1e-7, beta, 1, main_gradient) for beta in (0.0, 1.0)]
+    if main_gradient == "full_batch":
+        rules.append(None)  # whose step draws once, as must that of a rule
+    weights, drawn = [], []
+    for regularizer in rules:
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        model = RegularizedModel(inputs, keras.layers.Dense(2)(HostNoise()(inputs)))
+        model.compile(keras.optimizers.SGD(RATE), "mse", regularizer=regularizer, **mode)
+        keras.utils.set_random_seed(2)
+        model.train_on_batch(X, Y)
+        drawn.append((random.random(), np.random.random()))
+        weights.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    assert 0 < np.max(np.abs(weights[1] - weights[0])) < 1e-5
+    if main_gradient == "full_batch":
+        np.testing.assert_array_equal(drawn[1], drawn[2])
+        np.testing.assert_allclose(weights[0], weights[2], rtol=1e-12)
 
 
 class Noise(keras.layers.Layer):
