@@ -29,8 +29,8 @@ from keras import layers
 from machine import BACKEND
 
 from keras_infomcr import flatness
-from keras_infomcr.flatness.loss_function import LossFunction
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.running.shared import sharing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -27,8 +27,8 @@ import report as reports
 from machine import BACKEND, peak_memory, set_precision
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.objective import Objective
 
 matplotlib.use("Agg")

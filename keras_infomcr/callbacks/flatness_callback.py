@@ -8,9 +8,9 @@ import numpy as np
 
 from keras_infomcr import flatness
 from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
-from keras_infomcr.flatness.checks import check_compiled
-from keras_infomcr.flatness.examples import Batches
-from keras_infomcr.flatness.shared import only_checking, sharing
+from keras_infomcr.flatness.data.examples import Batches
+from keras_infomcr.flatness.running.checks import check_compiled
+from keras_infomcr.flatness.running.shared import only_checking, sharing
 
 # Names of `flatness` that stand for no number of a model.
 _NO_MEASURES = {"gamma_hat_by_layer", "hessian_spectral_density", "pac_bayes_bound", "plot"}

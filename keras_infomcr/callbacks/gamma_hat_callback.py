@@ -3,8 +3,8 @@
 from typing import Any
 
 from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
-from keras_infomcr.flatness.gamma_hat import GammaHat, checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 
 
 class GammaHatCallback(MeasuringCallback):
@@ -33,12 +33,12 @@ class GammaHatCallback(MeasuringCallback):
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1, which `EarlyStopping` and `ModelCheckpoint` on `gamma_hat` need: their first
             NaN would count as the best.
-        training: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `False`.
-        chunk_size: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `num_examples`.
+        training: As for `keras_infomcr.flatness.fisher.gamma_hat`. Defaults to `False`.
+        chunk_size: As for `keras_infomcr.flatness.fisher.gamma_hat`. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
         verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
             second, what part of an epoch's time it takes (the first compiles). Defaults to 0.
-        relative_tolerance: As for `keras_infomcr.flatness.gamma_hat`, which uses it with
+        relative_tolerance: As for `keras_infomcr.flatness.fisher.gamma_hat`, which uses it with
             `num_trials="auto"`. Defaults to 0.01.
 
     Attributes:

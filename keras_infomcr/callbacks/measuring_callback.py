@@ -7,7 +7,7 @@ import keras
 
 from keras_infomcr import validation
 from keras_infomcr.callbacks.callbacks_of_fit import callbacks_of_fit
-from keras_infomcr.flatness.checks import warn
+from keras_infomcr.flatness.running.checks import warn
 
 # Callbacks of Keras that read all logs.
 _READERS = (

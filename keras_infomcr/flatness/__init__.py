@@ -1,32 +1,35 @@
 """Measures of how flat a minimum is: `f(model, x, y, ...) -> result`."""
 
 from keras_infomcr.flatness import plot
-from keras_infomcr.flatness.adaptive_sharpness import adaptive_sharpness
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.fisher import (
+from keras_infomcr.flatness.fisher.gamma import Gamma, gamma
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, gamma_hat
+from keras_infomcr.flatness.fisher.gamma_hat_by_layer import GammaHatByLayer, gamma_hat_by_layer
+from keras_infomcr.flatness.fisher.norms import (
     fisher_frobenius_norm,
     fisher_spectral_radius,
     fisher_trace,
 )
-from keras_infomcr.flatness.gamma import Gamma, gamma
-from keras_infomcr.flatness.gamma_hat import GammaHat, gamma_hat
-from keras_infomcr.flatness.gamma_hat_by_layer import GammaHatByLayer, gamma_hat_by_layer
-from keras_infomcr.flatness.hessian_frobenius_norm import hessian_frobenius_norm
-from keras_infomcr.flatness.hessian_spectral_density import (
+from keras_infomcr.flatness.hessian.frobenius_norm import hessian_frobenius_norm
+from keras_infomcr.flatness.hessian.spectral_density import (
     SpectralDensity,
     hessian_spectral_density,
 )
-from keras_infomcr.flatness.hessian_spectral_radius import (
+from keras_infomcr.flatness.hessian.spectral_radius import (
     SpectralRadius,
     TopEigenvalues,
     hessian_spectral_radius,
     hessian_top_eigenvalues,
 )
-from keras_infomcr.flatness.hessian_trace import hessian_trace
-from keras_infomcr.flatness.input_jacobian_norm import input_jacobian_norm
-from keras_infomcr.flatness.local_energy import LocalEnergy, local_energy
-from keras_infomcr.flatness.local_entropy import local_entropy, local_entropy_gradient_norm
-from keras_infomcr.flatness.pac_bayes_bound import PacBayesBound, pac_bayes_bound
+from keras_infomcr.flatness.hessian.trace import hessian_trace
+from keras_infomcr.flatness.input_jacobian import input_jacobian_norm
+from keras_infomcr.flatness.neighbourhood.adaptive_sharpness import adaptive_sharpness
+from keras_infomcr.flatness.neighbourhood.local_energy import LocalEnergy, local_energy
+from keras_infomcr.flatness.neighbourhood.local_entropy import (
+    local_entropy,
+    local_entropy_gradient_norm,
+)
+from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
 
 __all__ = [
     "Estimate",

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_infomcr.flatness.gamma_hat_by_layer import GammaHatByLayer
-from keras_infomcr.flatness.hessian_spectral_density import SpectralDensity
+from keras_infomcr.flatness.fisher.gamma_hat_by_layer import GammaHatByLayer
+from keras_infomcr.flatness.hessian.spectral_density import SpectralDensity
 
 
 def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:

@@ -14,7 +14,7 @@ from measuring import Quadratic, assert_untouched, kinds_of_data
 from test_gamma_hat import NUM_CLASSES, sequential
 
 from keras_infomcr.flatness import adaptive_sharpness
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 

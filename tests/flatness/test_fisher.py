@@ -14,7 +14,7 @@ from keras_infomcr.flatness import (
     fisher_trace,
     gamma_hat,
 )
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.running.shared import sharing
 
 # Small networks with random weights may be wrong about their few examples, as a warning says.
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")

@@ -19,8 +19,9 @@ from frameworks import BACKEND, array, global_random_number, jacobian, numpy, on
 from keras import layers, ops
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.flatness import GammaHat, gamma_hat, trial_grams
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness import GammaHat, gamma_hat
+from keras_infomcr.flatness.per_example import trial_grams
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.layers import LogitNormalization
 
 NUM_CLASSES = 4

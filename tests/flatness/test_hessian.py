@@ -19,7 +19,7 @@ from keras_infomcr.flatness import (
     hessian_trace,
     plot,
 )
-from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.loss.loss_function import LossFunction
 
 # Small networks with random weights may be wrong about their few examples, as a warning says.
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")

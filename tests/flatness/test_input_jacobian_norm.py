@@ -10,7 +10,7 @@ from measuring import assert_untouched, kinds_of_data, softmax
 from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
 from keras_infomcr.flatness import input_jacobian_norm
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 NORMS = {"spectral": 2, "frobenius": None}  # as `np.linalg.norm` calls them

@@ -8,9 +8,10 @@ from keras import layers, ops
 from test_gamma_hat import NUM_CLASSES, compiled, ln_xi, measure, sequential
 
 from keras_infomcr import backend
-from keras_infomcr.flatness import gamma_hat_by_layer, layer_grams
-from keras_infomcr.flatness.gamma_hat import checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness import gamma_hat_by_layer
+from keras_infomcr.flatness.fisher.gamma_hat import checked_settings
+from keras_infomcr.flatness.per_example import layer_grams
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 
 
 @pytest.fixture

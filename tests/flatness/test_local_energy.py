@@ -15,9 +15,9 @@ from measuring import Quadratic, assert_untouched, kinds_of_data
 from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
 from keras_infomcr.flatness import local_energy
-from keras_infomcr.flatness.energy import Energy
-from keras_infomcr.flatness.examples import Batches
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.data.examples import Batches
+from keras_infomcr.flatness.loss.energy import Energy
+from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 

@@ -14,7 +14,7 @@ from measuring import Quadratic, assert_untouched, kinds_of_data, softmax
 from test_gamma_hat import NUM_CLASSES, classifier, sequential
 
 from keras_infomcr.flatness import local_entropy, local_entropy_gradient_norm
-from keras_infomcr.flatness.shared import sharing
+from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 MEASURES = [local_entropy, local_entropy_gradient_norm]

@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 
 from keras_infomcr import GammaHatCallback, callbacks, flatness
-from keras_infomcr.flatness.examples import draw_trials
+from keras_infomcr.flatness.data.examples import draw_trials
 
 NUM_CLASSES = 4
 GUESS = math.log(NUM_CLASSES)

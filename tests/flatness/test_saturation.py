@@ -20,7 +20,7 @@ from keras_infomcr.flatness import (
     hessian_trace,
     local_energy,
 )
-from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.labels import is_sparse
 
 # A saturated model that is wrong about an example does not fit it, as a warning says.

@@ -23,7 +23,7 @@ from random_models import EXCLUDED_LOSSES, LOSSES, WITHOUT_SECOND_DERIVATIVES, C
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.flatness import fisher_trace, gamma_hat
-from keras_infomcr.flatness.loss_function import LossFunction
+from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.objective import Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
 from keras_infomcr.sub_batches import Batch

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import shared_estimator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.core.euclidean_norm import unit_of
-from keras_infomcr.flatness.checks import check_sampling
+from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate, standard_error
-from keras_infomcr.flatness.examples import trial_batches
-from keras_infomcr.flatness.loss_function import LossFunction
-from keras_infomcr.flatness.progress import progress_bar
-from keras_infomcr.flatness.shared import shared
+from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.running.checks import check_sampling
+from keras_infomcr.flatness.running.progress import progress_bar
+from keras_infomcr.flatness.running.shared import shared
 
 
 def local_entropy(

@@ -4,7 +4,7 @@ import contextlib
 
 import keras
 
-from keras_infomcr.flatness.replaced import replaced
+from keras_infomcr.flatness.loss.replaced import replaced
 
 _KINDS = [(keras.activations.softmax, "categorical"), (keras.activations.sigmoid, "binary")]
 

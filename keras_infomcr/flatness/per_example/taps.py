@@ -13,8 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.layer_grams import KINDS
-from keras_infomcr.flatness.replaced import replaced
+from keras_infomcr.flatness.loss.replaced import replaced
+from keras_infomcr.flatness.per_example.layer_grams import KINDS
 
 
 class Taps:

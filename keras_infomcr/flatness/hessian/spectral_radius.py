@@ -8,9 +8,9 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.core.lanczos import top_eigenvalues
-from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.hessian import measure_hessian
+from keras_infomcr.flatness.hessian.operator import measure_hessian
+from keras_infomcr.flatness.running.checks import warn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,20 +7,20 @@ import numpy as np
 
 from keras_infomcr import backend
 from keras_infomcr.core.log_determinant import log_determinant
-from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
-from keras_infomcr.flatness.compiled_loss import build_compiled_loss
+from keras_infomcr.flatness.data.examples import draw_trials, num_copies, read_examples
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.example_values import (
+from keras_infomcr.flatness.loss.compiled_loss import build_compiled_loss
+from keras_infomcr.flatness.loss.example_values import (
     CategoricalLogOdds,
     ExampleLoss,
     example_values,
     has_cross_entropy,
 )
-from keras_infomcr.flatness.examples import draw_trials, num_copies, read_examples
-from keras_infomcr.flatness.logits import predict_with_logits
-from keras_infomcr.flatness.shared import end_of_checks, shared
-from keras_infomcr.flatness.taps import Taps
-from keras_infomcr.flatness.trial_grams import TrialGrams
+from keras_infomcr.flatness.loss.logits import predict_with_logits
+from keras_infomcr.flatness.per_example.taps import Taps
+from keras_infomcr.flatness.per_example.trial_grams import TrialGrams
+from keras_infomcr.flatness.running.checks import MisfitWarning, check_built, check_compiled, warn
+from keras_infomcr.flatness.running.shared import end_of_checks, shared
 from keras_infomcr.labels import check_labels
 from keras_infomcr.objective import Objective
 

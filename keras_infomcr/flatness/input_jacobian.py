@@ -10,13 +10,13 @@ from keras import ops
 
 from keras_infomcr import backend, validation
 from keras_infomcr.core.spectral_norms import spectral_norms
-from keras_infomcr.flatness.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.example_values import kind_of_loss
-from keras_infomcr.flatness.examples import trial_batches
-from keras_infomcr.flatness.logits import predict_with_logits
-from keras_infomcr.flatness.progress import progress_bar
-from keras_infomcr.flatness.shared import end_of_checks, shared
+from keras_infomcr.flatness.loss.example_values import kind_of_loss
+from keras_infomcr.flatness.loss.logits import predict_with_logits
+from keras_infomcr.flatness.running.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.running.progress import progress_bar
+from keras_infomcr.flatness.running.shared import end_of_checks, shared
 from keras_infomcr.objective import Objective
 
 

@@ -7,7 +7,7 @@ import keras
 from keras_infomcr import validation
 from keras_infomcr.core.trace import hutch_plus_plus, hutchinson
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.hessian import mean_estimate, measure_hessian
+from keras_infomcr.flatness.hessian.operator import mean_estimate, measure_hessian
 
 
 def hessian_trace(

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_infomcr.flatness.gamma_hat import GammaHat, gamma_hat
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, gamma_hat
 
 
 @dataclasses.dataclass(frozen=True)

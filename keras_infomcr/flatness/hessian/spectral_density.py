@@ -10,7 +10,7 @@ import numpy as np
 from keras_infomcr import validation
 from keras_infomcr.core.lanczos import tridiagonal
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.hessian import measure_hessian
+from keras_infomcr.flatness.hessian.operator import measure_hessian
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.logits import predict_with_logits
+from keras_infomcr.flatness.loss.logits import predict_with_logits
 from keras_infomcr.objective import Objective
 
 # Weights without a tap are taken in groups whose rows, of all examples, take so many bytes at

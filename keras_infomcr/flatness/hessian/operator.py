@@ -4,12 +4,12 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.checks import check_sampling, warn
+from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.examples import trial_batches
-from keras_infomcr.flatness.loss_function import LossFunction
-from keras_infomcr.flatness.progress import progress_bar
-from keras_infomcr.flatness.shared import shared
+from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.running.checks import check_sampling, warn
+from keras_infomcr.flatness.running.progress import progress_bar
+from keras_infomcr.flatness.running.shared import shared
 
 # They share one forward and backward pass, and are all held in memory.
 _VECTORS_AT_ONCE = 10

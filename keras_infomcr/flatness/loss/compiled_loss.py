@@ -11,7 +11,7 @@ its `_flat_losses`, and `_fn_kwargs` of a loss.
 import keras
 from keras import ops
 
-from keras_infomcr.flatness.replaced import replaced
+from keras_infomcr.flatness.loss.replaced import replaced
 
 
 def build_compiled_loss(model, y, outputs):

@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.checks import warn
-from keras_infomcr.flatness.compiled_loss import compiled_loss
+from keras_infomcr.flatness.loss.compiled_loss import compiled_loss
+from keras_infomcr.flatness.running.checks import warn
 from keras_infomcr.layers.logit_normalization import normalize_logits
 from keras_infomcr.objective import losses_of
 

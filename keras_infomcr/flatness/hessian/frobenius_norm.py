@@ -8,7 +8,7 @@ import numpy as np
 from keras_infomcr import validation
 from keras_infomcr.core.euclidean_norm import euclidean_norm, unit_of
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.hessian import mean_estimate, measure_hessian
+from keras_infomcr.flatness.hessian.operator import mean_estimate, measure_hessian
 
 
 def hessian_frobenius_norm(

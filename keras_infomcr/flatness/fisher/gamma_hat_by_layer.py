@@ -8,8 +8,8 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.gamma_hat import checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.fisher.gamma_hat import checked_settings
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.checks import MisfitWarning, check_built, check_compiled, warn
-from keras_infomcr.flatness.compiled_loss import build_compiled_loss, compiled_loss
-from keras_infomcr.flatness.example_values import kind_of_loss
-from keras_infomcr.flatness.logits import predict_with_logits
-from keras_infomcr.flatness.shared import end_of_checks
+from keras_infomcr.flatness.loss.compiled_loss import build_compiled_loss, compiled_loss
+from keras_infomcr.flatness.loss.example_values import kind_of_loss
+from keras_infomcr.flatness.loss.logits import predict_with_logits
+from keras_infomcr.flatness.running.checks import MisfitWarning, check_built, check_compiled, warn
+from keras_infomcr.flatness.running.shared import end_of_checks
 from keras_infomcr.labels import check_labels, is_sparse
 from keras_infomcr.objective import HALF_PRECISION, Objective, is_mean_over_examples, losses_of
 

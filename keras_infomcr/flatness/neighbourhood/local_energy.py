@@ -8,12 +8,12 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.checks import check_sampling
-from keras_infomcr.flatness.energy import Energy
+from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.examples import trial_batches
-from keras_infomcr.flatness.progress import progress_bar
-from keras_infomcr.flatness.shared import shared
+from keras_infomcr.flatness.loss.energy import Energy
+from keras_infomcr.flatness.running.checks import check_sampling
+from keras_infomcr.flatness.running.progress import progress_bar
+from keras_infomcr.flatness.running.shared import shared
 
 
 @dataclasses.dataclass(frozen=True)

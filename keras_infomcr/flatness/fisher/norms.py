@@ -8,11 +8,11 @@ import numpy as np
 from keras_infomcr import validation
 from keras_infomcr.core.euclidean_norm import euclidean_norm
 from keras_infomcr.core.spectral_norms import spectral_norms
-from keras_infomcr.flatness.checks import warn
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.gamma_hat import checked_settings
-from keras_infomcr.flatness.gamma_hat_estimator import shared_estimator
-from keras_infomcr.flatness.progress import progress_bar
+from keras_infomcr.flatness.fisher.gamma_hat import checked_settings
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.running.checks import warn
+from keras_infomcr.flatness.running.progress import progress_bar
 
 
 def fisher_spectral_radius(

@@ -12,9 +12,9 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 
-from keras_infomcr.flatness.example_values import kind_of_loss
-from keras_infomcr.flatness.loss_function import LossFunction
-from keras_infomcr.flatness.replaced import replaced
+from keras_infomcr.flatness.loss.example_values import kind_of_loss
+from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.loss.replaced import replaced
 
 
 class Energy(LossFunction):

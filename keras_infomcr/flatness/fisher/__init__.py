@@ -1,0 +1,1 @@
+"""Measures of the Fisher information of a few examples."""

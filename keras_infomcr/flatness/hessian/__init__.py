@@ -1,0 +1,1 @@
+"""Measures of the Hessian of the loss."""

@@ -1,0 +1,1 @@
+"""What is measured of a model: its loss, as a function of the weights."""

@@ -1,0 +1,1 @@
+"""Measures of the loss around the weights."""

@@ -1,0 +1,1 @@
+"""Gram matrices of the gradients of single examples."""
