@@ -25,8 +25,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from keras_infomcr import RegularizedModel, backend
-from keras_infomcr.objective import Objective
-from keras_infomcr.sub_batches import Batch
+from keras_infomcr.objective import Batch, Objective
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

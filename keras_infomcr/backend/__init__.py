@@ -58,6 +58,7 @@ replica as if it were alone: layers synchronise nothing, and no loss is divided.
 * `attach_state(model)`: let a model that is in `fit` hold the present values of its variables.
 * `marked_as_step(model, function)`: a predict function, within which `attach_state` does nothing.
 * `widest_float()`: the name of the widest float type.
+* `variables_of(model)`: a context in which to make variables beside those of a model.
 * `num_replicas(model)`: how many replicas share a batch of the model.
 * `num_parallel_steps(model)`: how many steps run side by side on shares of a batch, each on its
   loss divided by that number, so that the optimizer can add up their gradients.
@@ -128,6 +129,7 @@ slice_rows = _module.slice_rows
 traced_once = _module.traced_once
 train_step = _module.train_step
 value_and_grad = _module.value_and_grad
+variables_of = _module.variables_of
 wait_for_workers = _module.wait_for_workers
 widest_float = _module.widest_float
 without_rematerialization = _module.without_rematerialization

@@ -377,6 +377,11 @@ def widest_float():
     return "float64" if jax.config.jax_enable_x64 else "float32"
 
 
+def variables_of(model):
+    """Do nothing: Keras lays variables out by `keras.distribution`."""
+    return contextlib.nullcontext()
+
+
 def num_replicas(model):
     """Return the number of shares into which `keras.distribution` cuts a batch."""
     mesh, axis = _batch_axis()

@@ -367,6 +367,13 @@ def widest_float():
     return "float64"
 
 
+def variables_of(model):
+    """Return a context in which variables are made for the replicas of the model."""
+    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+        return contextlib.nullcontext()  # within a step no scope can be entered
+    return model.distribute_strategy.scope()
+
+
 def num_replicas(model):
     """Return the number of replicas of the model's `tf.distribute.Strategy`."""
     return model.distribute_strategy.num_replicas_in_sync

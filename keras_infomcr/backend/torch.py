@@ -341,6 +341,11 @@ def widest_float():
     return "float32" if device == "mps" else "float64"
 
 
+def variables_of(model):
+    """Do nothing: there is one replica."""
+    return contextlib.nullcontext()
+
+
 def num_replicas(model):
     """Return 1: `fit` knows of no other process."""
     return 1

@@ -9,6 +9,7 @@ from keras_infomcr import validation
 from keras_infomcr.callbacks.callbacks_of_fit import callbacks_of_fit
 from keras_infomcr.callbacks.regularized_model_callback import RegularizedModelCallback
 from keras_infomcr.models.regularized_model import RegularizedModel
+from keras_infomcr.models.training_record import training_record
 from keras_infomcr.scalars import to_float
 
 # Callbacks of Keras that may change the learning rate.
@@ -86,7 +87,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         if first:
             self._recall()
         rate = to_float(self.model.optimizer.learning_rate)
-        peak = self.model.learning_rate_peak.update(rate)
+        peak = training_record(self.model).update_peak(rate)
         dropped = rate < self.ratio * peak
         if dropped or (self.start_epoch is not None and self._epoch >= self.start_epoch):
             self._open(rate, peak, dropped)
@@ -143,7 +144,7 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule) and steps:
             # A sample will do: the rate changes little over a thousandth of the steps.
             for step in np.unique(np.linspace(0, steps - 1, 1000).astype(int)):
-                self.model.learning_rate_peak.update(to_float(schedule(step)))
+                training_record(self.model).update_peak(to_float(schedule(step)))
 
 
 def _is_known(thing):

@@ -5,6 +5,7 @@ import warnings
 
 import keras
 
+from keras_infomcr.regularizers import Regularizer
 from keras_infomcr.scalars import to_float
 
 
@@ -15,15 +16,17 @@ class RegularizerMonitor:
     `train_on_batch`, which return what a plain `keras.Model` returns.
 
     Args:
-        num_sub_batches: Integer, into how many sub-batches a batch should be cut.
+        regularizer: The `Regularizer`.
 
     Attributes:
+        key: String, the name of the value in the logs.
         awaited: Boolean, whether a step of the epoch was taken with the gate open.
     """
 
-    def __init__(self, num_sub_batches):
-        self.num_sub_batches = num_sub_batches
-        self.mean = keras.metrics.Mean(name="infomcr_reg")
+    def __init__(self, regularizer: Regularizer):
+        self.key = regularizer.log_key
+        self.num_sub_batches = regularizer.num_sub_batches
+        self.mean = keras.metrics.Mean(name=self.key)
         self.full_batches = keras.metrics.Sum(name="full_batches")
         self.awaited = False
         self._warned = set()
@@ -72,9 +75,9 @@ class RegularizerMonitor:
         value = to_float(self.mean.result())
         if not math.isfinite(value):
             self._warn_once(
-                f"The regulariser is not finite. Received: infomcr_reg={value}. The data hold "
+                f"The regulariser is not finite. Received: {self.key}={value}. The data hold "
                 "NaN or infinity, or training has diverged: check the data, lower the learning "
-                "rate, `alpha` or `beta`."
+                "rate or the arguments of the regulariser."
             )
         return value
 
@@ -101,4 +104,4 @@ class LogRegularizer(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         value = self.monitor.result()
         if logs is not None:
-            logs["infomcr_reg"] = value
+            logs[self.monitor.key] = value

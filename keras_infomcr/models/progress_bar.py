@@ -6,7 +6,7 @@ from keras_infomcr.scalars import to_float
 
 
 class ProgressBar(keras.callbacks.ProgbarLogger):
-    """Keras's progress bar, which leaves `infomcr_reg` out of epochs without the regulariser.
+    """Keras's progress bar, which leaves the regulariser out of epochs in which it did not act.
 
     Args:
         monitor: A `RegularizerMonitor`.
@@ -21,5 +21,6 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     def on_epoch_end(self, epoch, logs=None):
         if not to_float(self.monitor.mean.count):
-            logs = {name: value for name, value in (logs or {}).items() if name != "infomcr_reg"}
+            key = self.monitor.key
+            logs = {name: value for name, value in (logs or {}).items() if name != key}
         super().on_epoch_end(epoch, logs)

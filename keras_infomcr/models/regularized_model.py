@@ -9,10 +9,10 @@ from keras.src.models.functional import Functional  # not exported; stands here 
 
 from keras_infomcr import backend, labels, objective, regularizers, validation
 from keras_infomcr.models.file_of_chief import file_of_chief
-from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
 from keras_infomcr.models.progress_bar import ProgressBar
-from keras_infomcr.models.train_step import train_step
+from keras_infomcr.models.train_step import refuse_stateful_layers, train_step
+from keras_infomcr.models.training_record import TrainingRecord
 
 
 @keras.saving.register_keras_serializable("keras_infomcr")
@@ -49,6 +49,8 @@ class RegularizedModel(keras.Model):
     _regularizer = None
     _regularizer_active = True
     _monitor = None
+    # The `id`s of the weights that the regulariser was built for.
+    _built_for = None
     # The compiled step of the other position of the gate, so that flipping back costs nothing.
     _other_train_function = None
 
@@ -57,7 +59,7 @@ class RegularizedModel(keras.Model):
             cls = RegularizedFunctional
         model = super().__new__(cls, *args, **kwargs)
         # Past Keras's tracking: saved with the weights, yet no weight and no metric.
-        object.__setattr__(model, "learning_rate_peak", LearningRatePeak(model))
+        object.__setattr__(model, "_training_record", TrainingRecord(model))
         return model
 
     def __init__(self, *args, **kwargs):  # Keras looks for just these two names
@@ -131,10 +133,24 @@ class RegularizedModel(keras.Model):
         backend.agree_on_overflow(self.optimizer)
         if regularizer is not None:
             regularizer.check(self)
-            self._monitor = RegularizerMonitor(regularizer.num_sub_batches)
+            self._monitor = RegularizerMonitor(regularizer)
         self._regularizer = regularizer
+        self._built_for = None
         self._other_train_function = None
-        self.learning_rate_peak.reset()
+        self._training_record.reset()
+        if self.built:
+            self.build_regularizer()
+
+    def build_regularizer(self):
+        """Let the regulariser make its memory for the weights, once they are known."""
+        variables = self.trainable_variables
+        if self._regularizer is None or self._built_for == [id(v) for v in variables]:
+            return
+        refuse_stateful_layers(self)
+        with backend.variables_of(self):
+            self._regularizer.build(variables)
+        self._built_for = [id(v) for v in variables]
+        self._training_record.restore_memory()
 
     @property
     def regularizer(self) -> regularizers.Regularizer | None:
@@ -170,6 +186,8 @@ class RegularizedModel(keras.Model):
     def make_train_function(self, force=False):
         if force:
             self._other_train_function = None
+        if self.built:
+            self.build_regularizer()
         before = self.train_function
         with backend.making_function(self, "train"):
             super().make_train_function(force)
@@ -201,7 +219,8 @@ class RegularizedModel(keras.Model):
             return super().train_step(*args)
 
         def step(data):
-            return train_step(objective.Objective(self), self._regularizer, self._monitor, data)
+            evaluated = objective.Objective(self, self._regularizer.float32)
+            return train_step(evaluated, self._regularizer, self._monitor, data)
 
         return backend.train_step(step, self, *args)
 
@@ -271,7 +290,8 @@ class RegularizedModel(keras.Model):
         """Return the variables, apart from Keras's own, that a training step reads and assigns."""
         if self._regularizer is None:
             return []
-        return [*self._monitor.variables, self._regularizer.strength]
+        rule = self._regularizer
+        return [*self._monitor.variables, rule.strength, *rule.memory]
 
     def get_compile_config(self):
         config = super().get_compile_config()

@@ -1,23 +1,26 @@
 """One step of Keras's `train_step`, regularised.
 
 Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, `_loss_tracker`,
-`_symbolic_build`, `_flatten_layers`, and the functions for masks.
+`_symbolic_build`, `_flatten_layers`.
 """
 
 import warnings
+from typing import Any
 
 import keras
 from keras import ops
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from keras_infomcr import backend
-from keras_infomcr.objective import copied
-from keras_infomcr.regularizers import coupling
+from keras_infomcr.models.monitor import RegularizerMonitor
+from keras_infomcr.objective import Batch, Objective, copied
+from keras_infomcr.regularizers import Regularizer, Step
 from keras_infomcr.scalars import times
 
 
-def train_step(objective, regularizer, monitor, data):
-    """Take one step of Keras's `train_step` with the regulariser's gradient added.
+def train_step(
+    objective: Objective, regularizer: Regularizer, monitor: RegularizerMonitor, data: Any
+) -> dict:
+    """Take one step of Keras's `train_step` with what the regulariser makes of the batch.
 
     Args:
         objective: The model as an `Objective`.
@@ -30,35 +33,36 @@ def train_step(objective, regularizer, monitor, data):
     """
     model = objective.model
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    batch = x, y, copied(sample_weight)
-    regularizer.check_weights(model)
-    gives_main_gradient = regularizer.gives_main_gradient(model)
-    if gives_main_gradient and not all(layer.built for layer in model._flatten_layers()):
-        model._symbolic_build(data_batch=batch)
-    if not (gives_main_gradient and model.trainable_variables):
+    batch = Batch(x, y, copied(sample_weight))
+    replaces_main_pass = regularizer.replaces_main_pass(model)
+    if replaces_main_pass and not all(layer.built for layer in model._flatten_layers()):
+        model._symbolic_build(data_batch=tuple(batch))
+    if not (replaces_main_pass and model.trainable_variables):
         y_pred, gradients = backend.main_pass(model, x, y, sample_weight)
     if not model.trainable_variables:  # as is known now of a model that this step has built
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    model.build_regularizer()
     num_parallel_steps = backend.num_parallel_steps(model)
-    unit = _unit(model.optimizer, num_parallel_steps)
+    unit = _gradient_unit(model.optimizer, num_parallel_steps)
 
     def on_replica(batch):
-        result = regularizer(objective, batch)
+        step = regularizer(objective, batch, [ops.copy(v) for v in regularizer.memory])
+        _check_step(regularizer, step, replaces_main_pass)
         factor = unit * ops.cast(regularizer.strength, backend.widest_float())
-        terms = _scaled(factor, result.gradient)
-        if not gives_main_gradient:
-            return (result.value, terms), None
-        terms = _added(_scaled(unit, result.loss_gradient), terms)
-        size = backend.batch_size(batch)
-        joined = keras.tree.map_structure(lambda *p: _concatenate(p, size), *result.predictions)
-        return (result.value, terms, result.loss, result.state), joined
+        terms = _scaled(factor, step.gradient or [None] * len(model.trainable_variables))
+        if step.main is None:
+            return (step.value, terms, list(step.memory)), None
+        terms = _added(_scaled(unit, step.main.gradients), terms)
+        means = step.value, terms, list(step.memory), step.main.loss, step.main.state
+        return means, step.main.predictions
 
-    if not coupling.has_state_by_example(model):  # whose state is that of the whole batch
-        on_replica = backend.over_replicas(on_replica)
-    (value, terms, *main_pass), predictions = on_replica(batch)
+    means, predictions = backend.over_replicas(on_replica)(batch)
+    value, terms, memory, *main_pass = means
     monitor.update(value, backend.batch_size(batch), num_parallel_steps)
-    if gives_main_gradient:
+    for variable, new in zip(regularizer.memory, memory):
+        variable.assign(new)
+    if replaces_main_pass:
         y_pred = predictions
         penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
         penalties = _scaled(unit, penalty_gradients)
@@ -68,6 +72,41 @@ def train_step(objective, regularizer, monitor, data):
         gradients = _added(gradients, terms)
     backend.apply(model.optimizer, gradients, model.trainable_variables)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def refuse_stateful_layers(model: keras.Model):
+    """Refuse recurrent layers that carry a state for each row of a batch to the next batch.
+
+    Slices of a batch have other rows. Keras itself trains such layers on TensorFlow alone.
+    """
+    stateful = [x.name for x in model._flatten_layers() if getattr(x, "stateful", False)]
+    if stateful:
+        raise ValueError(
+            "Recurrent layers must not be stateful where a regulariser evaluates parts of a batch. "
+            f"Received: layers with stateful=True {stateful}. Make them with `stateful=False`, or "
+            "call `compile(regularizer=None)`."
+        )
+
+
+def _check_step(regularizer, step, replaces_main_pass):
+    """Refuse what breaks the contract of `Regularizer`, and would fail far from its cause."""
+    if not isinstance(step, Step):
+        raise TypeError(
+            f"A regulariser must return a `Step`. Received: {step!r} (of type {type(step)}) from "
+            f"{regularizer!r}."
+        )
+    if (step.main is not None) != replaces_main_pass:
+        raise ValueError(
+            "`Step.main` must be given if, and only if, `replaces_main_pass` returns `True`. "
+            f"Received: main={step.main!r} and replaces_main_pass={replaces_main_pass} from "
+            f"{regularizer!r}."
+        )
+    if len(step.memory) != len(regularizer.memory):
+        raise ValueError(
+            "`Step.memory` must hold a new value for each variable of the regulariser's `memory`. "
+            f"Received: {len(step.memory)} values for {len(regularizer.memory)} variables from "
+            f"{regularizer!r}."
+        )
 
 
 def _check_reached(objective, gradients):
@@ -124,8 +163,12 @@ def _weight_penalties(variables):
     return value, gradients
 
 
-def _unit(optimizer, num_parallel_steps):
-    """Return what a gradient of 1 is to an optimizer that unscales, then adds up those of steps."""
+def _gradient_unit(optimizer, num_parallel_steps):
+    """Return the factor to multiply a gradient by before it is passed to the optimizer.
+
+    It is the loss scale, which the optimizer divides by, over the number of parallel steps, whose
+    gradients the optimizer adds up.
+    """
     one = ops.cast(optimizer.scale_loss(ops.ones(())), backend.widest_float())
     return one / num_parallel_steps
 
@@ -142,12 +185,3 @@ def _added(gradients, terms):
 def _add(gradient, term):
     """Return gradient + term, a term of `None` counting as zero."""
     return gradient if term is None else backend.add(gradient, term)
-
-
-def _concatenate(parts, size):
-    """Join the predictions of slices, without the surplus ones, which stand last."""
-    whole = ops.concatenate(parts, axis=0)[:size]
-    masks = [get_keras_mask(part) for part in parts]
-    if all(mask is not None for mask in masks):
-        set_keras_mask(whole, ops.concatenate(masks, axis=0)[:size])
-    return whole

@@ -85,7 +85,7 @@ class WrappedModel(RegularizedModel):
     @contextlib.contextmanager
     def _state_lent_to_wrapped(self):
         """Let the wrapped model's weight files hold what a compiled model's would."""
-        lent = {"learning_rate_peak": self.learning_rate_peak}
+        lent = {"_training_record": self._training_record}
         if self.compiled:
             lent["optimizer"] = self.optimizer
         own = {name: self.model.__dict__[name] for name in lent if name in self.model.__dict__}

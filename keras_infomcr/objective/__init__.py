@@ -1,14 +1,17 @@
 """A Keras model as a pure function of its weights."""
 
+from keras_infomcr.objective.batch import Batch, joined
 from keras_infomcr.objective.objective import Objective, copied
 from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales
 from keras_infomcr.objective.reductions import is_mean_over_examples, losses_of
 
 __all__ = [
     "HALF_PRECISION",
+    "Batch",
     "Objective",
     "copied",
     "float8_scales",
     "is_mean_over_examples",
+    "joined",
     "losses_of",
 ]

@@ -6,13 +6,15 @@ all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss
 """
 
 import contextlib
+from typing import Any
 
 import keras
 
 from keras_infomcr import backend
+from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.objective.batch import Batch, SubBatches
 from keras_infomcr.objective.precision import true_float32
 from keras_infomcr.objective.weight_penalties import without_weight_penalties
-from keras_infomcr.sub_batches import SubBatches
 
 
 class Objective:
@@ -22,9 +24,6 @@ class Objective:
     and leaves the model as it was: weights, batch-norm statistics, seeds and metrics. In the new
     state `None` stands for what has not changed.
 
-    It computes in float32 at least, whatever the dtype policy: the difference of two gradients
-    at points as near as w and w - alpha g is lost in half precision.
-
     What a layer assigns when it is called is what Keras's training step takes it for. On TensorFlow
     and torch no gradient goes through it, and trainable weights (of `SpectralNormalization`) are
     assigned once in a step, in the main pass: an evaluation is at the weights that it is given. On
@@ -32,6 +31,9 @@ class Objective:
 
     Args:
         model: A compiled `keras.Model`.
+        float32: Boolean, whether to compute in float32 at least, whatever the dtype policy: the
+            difference of two gradients at points as near as w and w - alpha g is lost in half
+            precision. Defaults to `True`.
 
     Attributes:
         rewritten: Set of the paths of trainable weights that layers have assigned in evaluations.
@@ -39,25 +41,24 @@ class Objective:
             none was noted.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model, float32: bool = True):
         self.model = model
-        self.rewritten = set()
-        self.reached = None
-        # A training step changes them before the sub-batches, which start from the same, are seen.
-        self._carried = [(v, keras.ops.copy(v)) for v in self._carried_variables()]
+        self.rewritten: set[str] = set()
+        self.reached: set[int] | None = None
+        self._float32 = float32
 
-    def weights(self):
+    def weights(self) -> list:
         """Return the trainable variables as a list of arrays."""
         return [keras.ops.copy(v) for v in self.model.trainable_variables]
 
-    def state(self):
+    def state(self) -> list:
         """Return the non-trainable variables, seeds included, and any hidden random state."""
         variables = self.model.non_trainable_variables
         return [*(keras.ops.copy(v) for v in variables), *backend.random_state()]
 
-    def __call__(self, weights, state, batch):
+    def __call__(self, weights: list, state: list, batch: Batch) -> tuple:
         """Return the loss with, as auxiliary, the predictions and the new state."""
-        with self.at(weights, state, training=True, rows=batch.rows) as (predict, scope):
+        with self.at(weights, state, training=True) as (predict, scope):
             predictions = predict(batch.x)
             loss = self.model._compute_loss(
                 batch.x, batch.y, predictions, copied(batch.sample_weight), training=True
@@ -68,15 +69,36 @@ class Objective:
             new_state += backend.random_state()
         return loss, (predictions, new_state)
 
+    def evaluate(self, weights: list, state: list, batch: Batch) -> Evaluation:
+        """Return the loss, its gradients, the predictions and the new state."""
+        (loss, (predictions, new_state)), gradients = backend.value_and_grad(self)(
+            weights, state, batch
+        )
+        self._note(gradients)
+        return Evaluation(loss, gradients, predictions, new_state)
+
+    def evaluate_with_product(self, weights: list, state: list, batch: Batch) -> tuple:
+        """Return the same, the Hessian times the gradient g, and ||g||^2."""
+        product = backend.hessian_vector_product(self)
+        (loss, (predictions, new_state)), gradients, products = product(weights, None, state, batch)
+        self._note(gradients)
+        squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
+        here = Evaluation(loss, gradients, predictions, new_state)
+        return here, products, keras.ops.cast(sum(squares), loss.dtype)
+
+    def predict(self, weights: list, state: list, x: Any, training: bool = False) -> Any:
+        """Return the outputs of the model at the given weights and state."""
+        with self.at(weights, state, training) as (predict, _):
+            return predict(x)
+
     @contextlib.contextmanager
-    def at(self, weights, state, training, rows=None):
+    def at(self, weights: list, state: list, training: bool):
         """Open a scope in which the model stands at the given weights and state.
 
         Args:
             weights: List of arrays, the trainable variables.
             state: List of arrays, as `state()` returns it.
             training: Boolean, as for the model's `call`.
-            rows: Indices of the examples whose carried states stateful RNNs begin with.
 
         Yields:
             The function `x -> predictions` and the `keras.StatelessScope`, which collects updates.
@@ -88,11 +110,10 @@ class Objective:
             *zip(model.metrics_variables, model.metrics_variables),
             *zip(model.trainable_variables, weights),
             *zip(model.non_trainable_variables, state[:num_variables]),
-            *self._carried_states(rows),
         ]
         scope = _Scope(self.rewritten, model.trainable_variables, mapping)
         with (
-            true_float32(model),
+            true_float32(model) if self._float32 else contextlib.nullcontext(),
             without_weight_penalties(model),
             backend.without_rematerialization(),
             _loss_ids_forgotten(model),
@@ -102,15 +123,13 @@ class Objective:
         ):
             yield lambda x: backend.forward(model, x, **kwargs), scope
 
-    def note_gradients(self, gradients):
-        """Take in the gradients of an evaluation, `None` where there is none."""
+    def _note(self, gradients):
         found = {k for k, gradient in enumerate(gradients) if gradient is not None}
         self.reached = found | (self.reached or set())
 
-    def sub_batches(self, batch, count):
+    def sub_batches(self, batch: Batch, count: int) -> SubBatches:
         """Return `count` nearly equal slices of a batch with their fractions of it."""
-        carried = self._carried_variables()
-        return SubBatches(batch, count, carried[0].shape[0] if carried else None)
+        return SubBatches(batch, count)
 
     def seeds(self, state):
         """Return the indices of the seeds and counters in a state, which are not to be averaged.
@@ -119,21 +138,6 @@ class Objective:
         """
         dtypes = [keras.backend.standardize_dtype(array.dtype) for array in state]
         return [k for k, dtype in enumerate(dtypes) if "float" not in dtype]
-
-    def _carried_variables(self):
-        """Return the variables in which stateful RNNs carry a state for each row of the batch."""
-        layers = [x for x in self.model._flatten_layers() if getattr(x, "stateful", False)]
-        states = keras.tree.flatten([getattr(layer, "states", None) for layer in layers])
-        return list({id(v): v for v in states if isinstance(v, keras.Variable)}.values())
-
-    def _carried_states(self, rows):
-        if rows is None:
-            return []
-        # A model built by this very step began with states of zero.
-        carried = self._carried or [
-            (v, keras.ops.zeros(v.shape, v.dtype)) for v in self._carried_variables()
-        ]
-        return [(v, keras.ops.take(value, rows, axis=0)) for v, value in carried]
 
 
 class _Scope(keras.StatelessScope):

@@ -22,12 +22,11 @@ def true_float32(model):
     return standing_in(layers, "_dtype_policy", _stand_in)
 
 
-def float8_scales(model):
-    """Return the paths of what layers quantised to float8 keep among their trainable weights.
+def float8_scales(variables):
+    """Return the paths of the scales that layers quantised to float8 keep among their weights.
 
     Their "gradients" are their new values.
     """
-    variables = model.trainable_variables
     return [v.path for v in variables if getattr(v, "overwrite_with_gradient", False)]
 
 

@@ -2,10 +2,11 @@
 
 import keras
 
-from keras_infomcr.regularizers.regularizer import Regularizer
+from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
 
-__all__ = ["Regularizer", "SubBatchPerturbation", "get"]
+__all__ = ["Evaluation", "Regularizer", "Step", "SubBatchPerturbation", "get"]
 
 _BY_NAME = {"sub_batch_perturbation": SubBatchPerturbation}
 

@@ -55,11 +55,6 @@ def couples_no_examples(model):
     )
 
 
-def has_state_by_example(model):
-    """Return whether a recurrent layer carries a state for each example of the batch."""
-    return any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
-
-
 def has_state_of_its_own(model):
     """Return whether a layer is a torch module with buffers, which are no variables of Keras."""
     modules = [x for x in model._flatten_layers() if isinstance(x, layers.TorchModuleWrapper)]

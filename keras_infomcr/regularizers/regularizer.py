@@ -1,39 +1,121 @@
 """What `RegularizedModel.compile(regularizer=...)` takes."""
 
 import abc
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_infomcr import backend, validation
+from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.scalars import to_float
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a regulariser makes of a batch.
+
+    Attributes:
+        value: Scalar array, for the logs.
+        gradient: List of arrays and `None` like the weights, or `None`. It is multiplied by the
+            regulariser's `strength` and added to the training gradient. A weight that the training
+            loss does not depend on is left alone.
+        main: `Evaluation` that replaces Keras's own pass over the batch, for a regulariser whose
+            `replaces_main_pass` returns `True`: its gradients are followed (with the gradients of
+            weight penalties, which no regulariser needs to compute), its loss and predictions are
+            reported to the metrics, and its state is kept. Else `None`: Keras makes that pass.
+        memory: List of arrays, the new values of the regulariser's `memory`.
+    """
+
+    value: Any
+    gradient: list | None = None
+    main: Evaluation | None = None
+    memory: Sequence = ()
+
+
 class Regularizer(abc.ABC):
-    """Base class of the regularisers.
+    """Base class of the regularisers: rules that change the training gradient of a batch.
 
-    A regulariser is a rule that turns a model's objective and a batch into a gradient to add to
-    the training gradient. It holds hyper-parameters alone, no reference to a model.
+    A subclass defines
 
-    Subclasses define `__call__(objective, batch)`, which returns an object with
+    * `__call__(objective, batch, memory)`, which returns a `Step`; and
+    * `get_config()`, which returns the arguments of its constructor.
 
-    * `value`: the value of the regulariser, a scalar, for the logs;
-    * `gradient`: list like the weights, `None` where there is none. It is multiplied by
-      `strength` and added to the training gradient;
+    It holds hyper-parameters and its `memory`, and no reference to a model. `__call__` is a pure
+    function that is traced by the framework: it computes with `keras.ops`, assigns nothing, and
+    sees the model by its `objective` alone:
 
-    and `get_config()`.
+    * `objective.weights()` and `objective.state()`: lists of arrays, the trainable variables, and
+      all else that an evaluation reads and changes (batch-norm statistics, seeds);
+    * `objective.evaluate(weights, state, batch)`: an `Evaluation` of the compiled loss, without
+      weight penalties, and its gradients, at any weights. It leaves the model as it was. Two
+      evaluations that start from the same state see the same dropout masks;
+    * `objective.sub_batches(batch, count)`: nearly equal slices of the batch, a sequence of pairs
+      `(weight, batch)`, the weight being the size of a slice relative to the mean size.
+
+    `batch` has the attributes `x`, `y` and `sample_weight`, structures of arrays. Of R replicas
+    each calls the rule on its own share of the batch, and what the rule returns is averaged.
+
+    Override where it is needed:
+
+    * `build(variables)`: make `memory`; refuse weights that do not fit.
+    * `replaces_main_pass(model)`: return `True` if the rule gives `Step.main`.
+    * `check(model)`: raise or warn if the model, as compiled, does not fit.
+    * `log_key`: the name of `Step.value` in the logs of `fit`.
 
     Args:
-        strength: Float, 0 or greater. The coefficient of the regulariser. It is live: assigned
+        strength: Float, 0 or greater. The coefficient of `Step.gradient`. It is live: assigned
             at any time, also inside `fit`, it takes effect with the next batch and without
             re-tracing.
 
     Attributes:
         strength: A `keras.Variable`. Assign a float to change its value.
-        num_sub_batches: Integer, into how many sub-batches a batch should be cut. Defaults to 1.
+        memory: List of `keras.Variable`s, not trainable, which the rule keeps from step to step.
+            They are saved and resumed with the model, and are no weights of it: a plain
+            `keras.Model` loads the weight file. Defaults to none.
+        num_sub_batches: Integer, into how many sub-batches a batch should be cut; a run whose
+            batches are all smaller is warned of. Defaults to 1.
+        float32: Boolean, whether the objective is evaluated in float32 at least, whatever the
+            dtype policy, as rules need that take small differences. Defaults to `True`.
+
+    Example:
+
+    Sharpness-aware minimisation (Foret et al., 2021) follows the gradient at a point uphill. Its
+    difference from the gradient at w is what the rule adds.
+
+    ```python
+    @keras.saving.register_keras_serializable("my_package")
+    class Uphill(Regularizer):
+        def __init__(self, rho=0.05, strength=1.0):
+            super().__init__(strength)
+            self.rho = rho
+
+        def __call__(self, objective, batch, memory):
+            weights, state = objective.weights(), objective.state()
+            here = objective.evaluate(weights, state, batch)
+            squares = [ops.sum(g**2) for g in here.gradients if g is not None]
+            step = self.rho / ops.sqrt(sum(squares) + 1e-12)
+            pairs = zip(weights, here.gradients)
+            uphill = [w if g is None else w + step * g for w, g in pairs]
+            there = objective.evaluate(uphill, state, batch)
+            pairs = zip(here.gradients, there.gradients)
+            change = [None if g is None else h - g for g, h in pairs]
+            return Step(value=there.loss - here.loss, gradient=change)
+
+        def get_config(self):
+            return {"rho": self.rho, "strength": float(self.strength)}
+
+    model.compile("sgd", "mse", regularizer=Uphill(rho=0.1))
+    ```
     """
 
-    num_sub_batches = 1
+    num_sub_batches: int = 1
+    float32: bool = True
+    memory: Sequence[keras.Variable] = ()
 
     def __init__(self, strength: float):
         validation.non_negative(strength=strength)
@@ -44,7 +126,7 @@ class Regularizer(abc.ABC):
         )
 
     @property
-    def strength(self):
+    def strength(self) -> keras.Variable:
         return self._strength
 
     @strength.setter
@@ -53,22 +135,30 @@ class Regularizer(abc.ABC):
         validation.non_negative(strength=value)
         self._strength.assign(np.array(value, self._strength.dtype))
 
-    @abc.abstractmethod
-    def __call__(self, objective, batch):
-        """Return the value and the gradient on a batch."""
+    @property
+    def log_key(self) -> str:
+        """The name of the rule's value in the logs of `fit`: the class's name in snake case."""
+        return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def gives_main_gradient(self, model):
-        """Return whether the result of `__call__` also holds the gradient of the loss itself."""
+    def build(self, variables: Sequence[keras.Variable]):  # noqa: B027 (most rules keep nothing)
+        """Make `memory` for the trainable variables, or raise if these do not fit the rule.
+
+        Called before the first step, and again if the model's trainable variables have changed.
+        """
+
+    def replaces_main_pass(self, model: keras.Model) -> bool:
+        """Return whether the rule gives `Step.main`, which must be known before it is traced."""
         return False
 
-    def check(self, model):  # noqa: B027 (most regularisers have nothing to check)
-        """Raise or warn if the model, as compiled, does not fit the regulariser."""
+    @abc.abstractmethod
+    def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
+        """Return the `Step` of a batch; `memory` holds the values of `self.memory`."""
 
-    def check_weights(self, model):  # noqa: B027
-        """Raise if the weights do not fit the regulariser; called before each step."""
+    def check(self, model: keras.Model):  # noqa: B027 (most rules have nothing to check)
+        """Raise or warn if the model, as compiled, does not fit the rule."""
 
     @abc.abstractmethod
-    def get_config(self):
+    def get_config(self) -> dict:
         """Return the constructor's arguments as a dictionary."""
 
     def __repr__(self):
@@ -76,6 +166,6 @@ class Regularizer(abc.ABC):
         return f"{type(self).__name__}({arguments})"
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> "Regularizer":
         """Make a regulariser from what `get_config` returned."""
         return cls(**config)

@@ -2,18 +2,22 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Sequence
 
 import keras
 
 from keras_infomcr import backend, validation
 from keras_infomcr.core.sub_batch_averages import (
+    Contribution,
     accumulate,
-    finite_differences,
-    hessian_vector_products,
+    average,
+    finite_difference,
+    hessian_vector_product,
 )
-from keras_infomcr.objective import HALF_PRECISION, float8_scales, is_mean_over_examples
-from keras_infomcr.regularizers import coupling
-from keras_infomcr.regularizers.regularizer import Regularizer
+from keras_infomcr.objective import HALF_PRECISION, Batch, Objective, float8_scales, joined
+from keras_infomcr.regularizers.main_gradient import is_mean_of_sub_batches
+from keras_infomcr.regularizers.perturbed_subset import perturbing_subset, random_ranks
+from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -106,94 +110,80 @@ class SubBatchPerturbation(Regularizer):
         self.main_gradient = main_gradient
         self.num_perturbed = num_perturbed
         self.estimator = estimator
+        # Made here, for no variable may be made in what is traced.
         self._seed_generator = num_perturbed and keras.random.SeedGenerator(0)
 
-    def __call__(self, objective, batch):
-        """Return the `SubBatchAverages` of a batch, with the main pass if they are to give it."""
+    @property
+    def log_key(self) -> str:
+        return "infomcr_reg"
+
+    def replaces_main_pass(self, model: keras.Model) -> bool:
+        """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
+        return is_mean_of_sub_batches(self.main_gradient, model)
+
+    def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
+        """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
         model = objective.model
-        self.check_weights(model)  # built, perhaps, only now
-        count = _share(self.num_sub_batches, _num_replicas(model))
-        sub_batches = objective.sub_batches(batch, count)
-        weights, state = objective.weights(), objective.state()
-        main_pass = self.gives_main_gradient(model)
-        gradients = backend.traced_once(_gradients_of(objective))
-        average, evaluate = finite_differences, gradients
-        if self.estimator == "hessian_vector_product":
-            average = hessian_vector_products
-            evaluate = backend.traced_once(_products_of(objective))
-        chosen = self._num_chosen(model, len(sub_batches))
-        choose = None
-        if chosen < len(sub_batches):
-            ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
-            rest = gradients if main_pass else None
-            choose = _chooser(ranks, chosen, weights, rest)
+        with_main = self.replaces_main_pass(model)
+        sub_batches = objective.sub_batches(batch, _share(self.num_sub_batches, model))
+        count = self._num_chosen(model, len(sub_batches))
+        contribution = self._contribution(objective)
+        if count < len(sub_batches):
+            contribution = self._of_subset(contribution, objective, count, len(sub_batches))
+        state = objective.state()
         result = average(
-            evaluate,
-            weights,
+            contribution,
             state,
             sub_batches,
-            self.alpha,
             passed_on=objective.seeds(state),
-            main_pass=main_pass,
+            with_main=with_main,
             multiply=times,
             add_up=backend.looped(accumulate, bool(model.jit_compile)),
-            choose=choose,
         )
-        if main_pass and objective.rewritten:
-            raise ValueError(
-                "Layers that assign their own trainable weights when they are called must see "
-                'whole batches. Received: main_gradient="sub_batches" and layers that assign '
-                f'{sorted(objective.rewritten)}. Use `main_gradient="full_batch"`.'
-            )
-        return result if choose is None else _scaled(result, len(sub_batches) / chosen)
+        if count < len(sub_batches):  # which stand for all
+            result = _scaled(result, len(sub_batches) / count)
+        if not with_main:
+            return Step(result.value, result.gradient)
+        _check_rewritten(objective.rewritten)
+        predictions = joined(result.main.predictions, backend.batch_size(batch))
+        return Step(result.value, result.gradient, result.main._replace(predictions=predictions))
 
-    def _num_chosen(self, model, count):
+    def _contribution(self, objective: Objective) -> Callable[[int, list, Batch], Contribution]:
+        """Return the function of a sub-batch, its number and the state that it starts from."""
+        weights = objective.weights()
+        if self.estimator == "finite_difference":
+            evaluate = backend.traced_once(objective.evaluate)
+            return finite_difference(evaluate, weights, self.alpha)
+        products = backend.traced_once(objective.evaluate_with_product)
+        return hessian_vector_product(products, weights, self.alpha)
+
+    def _of_subset(self, contribution, objective, chosen, count):
+        """Return the same of `chosen` of the `count` sub-batches, drawn at random."""
+        model = objective.model
+        ranks = self._random_ranks(count, model.optimizer.iterations)
+        with_main = self.replaces_main_pass(model)
+        evaluate = backend.traced_once(objective.evaluate) if with_main else None
+        return perturbing_subset(contribution, ranks, chosen, objective.weights(), evaluate)
+
+    def _random_ranks(self, count, step):
+        return random_ranks(self._seed_generator, count, step)
+
+    def _num_chosen(self, model: keras.Model, count: int) -> int:
         """Return how many of the sub-batches of this replica are perturbed."""
         if self.num_perturbed is None:
             return count
-        return min(count, _share(self.num_perturbed, _num_replicas(model)))
+        return min(count, _share(self.num_perturbed, model))
 
-    def _random_ranks(self, count, step):
-        """Return the numbers below `count` in an order that the step's number determines."""
-        state = self._seed_generator.state
-        seed = keras.ops.stack([keras.ops.cast(n, state.dtype) for n in (0, step)])
-        with keras.StatelessScope([(state, seed)]):
-            return keras.random.shuffle(keras.ops.arange(count), seed=self._seed_generator)
-
-    def gives_main_gradient(self, model):
-        """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        if self.main_gradient == "auto":
-            return coupling.couples_no_examples(model)
-        if self.main_gradient == "sub_batches" and not is_mean_over_examples(model):
-            raise ValueError(
-                "The loss must be a mean over the examples where the training gradient is the "
-                'mean over sub-batches. Received: main_gradient="sub_batches" and '
-                f'loss={model.loss!r}. Use `main_gradient="full_batch"`.'
-            )
-        if self.main_gradient == "sub_batches" and coupling.has_state_by_example(model):
-            raise ValueError(
-                "Stateful recurrent layers must see whole batches. Received: "
-                'main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
-            )
-        if self.main_gradient == "sub_batches" and coupling.has_state_of_its_own(model):
-            raise ValueError(
-                "Torch modules with buffers, such as batch normalisation, must see whole batches. "
-                'Received: main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
-            )
-        return self.main_gradient == "sub_batches"
-
-    def check(self, model):
+    def check(self, model: keras.Model):
         """Warn of a device that drowns the finite difference, and of another number of slices."""
-        replicas = _num_replicas(model)
+        replicas = backend.num_replicas(model)
         for name in ("num_sub_batches", "num_perturbed"):
             asked = getattr(self, name)
             if asked is not None and asked % replicas:
-                count = _share(asked, replicas)
+                each = _share(asked, model)
                 warnings.warn(
-                    f"`{name}` must be a multiple of the number of replicas to be kept to, for "
-                    "each takes as many sub-batches as the others, and at least one. Received: "
-                    f"{name}={asked} with {replicas} replicas. Each takes {count}, which makes "
-                    f"{count * replicas} in all.",
+                    f"`{name}={asked}` is not divisible by {replicas} replicas: each uses {each}, "
+                    f"{each * replicas} in total. Use a multiple of {replicas}.",
                     stacklevel=3,
                 )
         if backend.low_precision_products():
@@ -204,16 +194,16 @@ class SubBatchPerturbation(Regularizer):
                 stacklevel=3,
             )
 
-    def check_weights(self, model):
+    def build(self, variables: Sequence[keras.Variable]):
         """Refuse weights of half and quarter precision, where the finite difference vanishes."""
-        halves = [v.path for v in model.trainable_variables if v.dtype in HALF_PRECISION]
+        halves = [v.path for v in variables if v.dtype in HALF_PRECISION]
         if halves:
             raise ValueError(
                 "Weights must be float32 or float64: in half precision w - alpha g is w. "
                 f"Received: half-precision weights {halves}. Use the dtype policy "
                 '"mixed_float16" or "mixed_bfloat16".'
             )
-        scales = float8_scales(model)
+        scales = float8_scales(variables)
         if scales:
             raise ValueError(
                 "Layers must not be quantised to float8, where the loss at w - alpha g is that at "
@@ -221,7 +211,7 @@ class SubBatchPerturbation(Regularizer):
                 "mixed_bfloat16, or with `compile(regularizer=None)`."
             )
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """Return the constructor's arguments, `beta` at its present value."""
         return {
             "alpha": self.alpha,
@@ -233,75 +223,21 @@ class SubBatchPerturbation(Regularizer):
         }
 
 
-def _num_replicas(model):
-    """Return how many replicas cut their own shares of a batch."""
-    if coupling.has_state_by_example(model):
-        return backend.num_parallel_steps(model)  # on JAX its one step cuts the whole batch
-    return backend.num_replicas(model)
-
-
-def _share(count, replicas):
+def _share(count: int, model: keras.Model) -> int:
     """Return how many of `count` sub-batches fall to one replica."""
-    return max(1, count // replicas)
+    return max(1, count // backend.num_replicas(model))
 
 
-def _chooser(ranks, count, weights, gradients):
-    """Return the function that perturbs the sub-batches of the `count` lowest ranks.
-
-    Of the others it evaluates the `gradients` alone, or nothing if these are `None`.
-    """
-    zeros = [keras.ops.zeros_like(w) for w in weights]
-    zero = keras.ops.zeros((), backend.widest_float())
-
-    def completed(new_state, state):
-        return [old if new is None else new for new, old in zip(new_state, state)]
-
-    def choose(i, terms, state, batch):
-        def perturbed():
-            value, gradient, *rest = terms(state, batch)
-            value = keras.ops.cast(value, zero.dtype)
-            gradient = [z if d is None else d for z, d in zip(zeros, gradient)]
-            return value, gradient, rest if gradients else completed(rest[-1], state)
-
-        def unperturbed():
-            if not gradients:
-                return zero, zeros, state
-            return zero, zeros, list(gradients(weights, state, batch))
-
-        value, gradient, rest = backend.cond(ranks[i] < count, perturbed, unperturbed)
-        if not gradients:
-            rest = zero, [None] * len(weights), None, rest
-        return value, gradient, *rest
-
-    return choose
+def _check_rewritten(paths: set):
+    if paths:
+        raise ValueError(
+            "Layers that assign their own trainable weights when they are called must see "
+            'whole batches. Received: main_gradient="sub_batches" and layers that assign '
+            f'{sorted(paths)}. Use `main_gradient="full_batch"`.'
+        )
 
 
-def _scaled(result, factor):
-    """Return `SubBatchAverages` with the regulariser multiplied by a factor."""
+def _scaled(result: Contribution, factor: float) -> Contribution:
+    """Return the result with the regulariser multiplied by a factor."""
     gradient = [None if d is None else times(factor, d) for d in result.gradient]
     return dataclasses.replace(result, value=times(factor, result.value), gradient=gradient)
-
-
-def _gradients_of(objective):
-    value_and_grad = backend.value_and_grad(objective)
-
-    def evaluate(weights, state, sub_batch):
-        (loss, (predictions, new_state)), gradients = value_and_grad(weights, state, sub_batch)
-        objective.note_gradients(gradients)
-        return loss, gradients, predictions, new_state
-
-    return evaluate
-
-
-def _products_of(objective):
-    product_with_gradient = backend.hessian_vector_product(objective)
-
-    def evaluate(weights, state, sub_batch):
-        value, gradients, products = product_with_gradient(weights, None, state, sub_batch)
-        loss, (predictions, new_state) = value
-        objective.note_gradients(gradients)
-        squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
-        squared_norm = keras.ops.cast(sum(squares), loss.dtype)
-        return loss, gradients, products, squared_norm, predictions, new_state
-
-    return evaluate

@@ -14,11 +14,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from keras_infomcr.core.sub_batch_averages import accumulate, finite_differences
+from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.core.sub_batch_averages import accumulate, average, finite_difference
 
 ALPHA = 0.03
 FRACTIONS = [0.5, 0.3, 0.2]
 DIFFERENCE = {"rtol": 1e-13 / ALPHA}
+
+
+def finite_differences(evaluate, weights, state, sub_batches, alpha, **kwargs):
+    def evaluation(*args):
+        return Evaluation(*evaluate(*args))
+
+    contribution = finite_difference(evaluation, weights, alpha)
+    return average(contribution, state, sub_batches, **kwargs)
 
 
 @pytest.fixture
@@ -89,8 +98,8 @@ def test_loss_and_its_gradient_are_weighted_means(quadratic, weights):
     result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     g = quadratic.gradients(weights)
     losses = ((np.concatenate(weights) - quadratic.centres) * g).sum(1) / 2
-    np.testing.assert_allclose(result.loss, FRACTIONS @ losses, rtol=1e-13)
-    np.testing.assert_allclose(np.concatenate(result.loss_gradient), FRACTIONS @ g, rtol=1e-13)
+    np.testing.assert_allclose(result.main.loss, FRACTIONS @ losses, rtol=1e-13)
+    np.testing.assert_allclose(np.concatenate(result.main.gradients), FRACTIONS @ g, rtol=1e-13)
 
 
 def test_value_to_first_order_is_alpha_times_the_mean_squared_gradient(quadratic, weights):
@@ -127,7 +136,7 @@ def test_both_evaluations_of_a_pair_start_from_the_same_state(quadratic, weights
     result = finite_differences(evaluate, weights, state, SUB_BATCHES, ALPHA, passed_on=[0])
     assert [state for _, state, _ in quadratic.calls] == [[1], [1], [2], [2], [3], [3]]
     # What is passed on is in the end what the first sub-batch left, the rest is averaged.
-    counter, average = result.state
+    counter, average = result.main.state
     assert counter == 2
     np.testing.assert_allclose(average, FRACTIONS @ np.array([20, 31, 42]), rtol=1e-13)
 
@@ -135,7 +144,7 @@ def test_both_evaluations_of_a_pair_start_from_the_same_state(quadratic, weights
 def test_state_is_averaged_by_default(quadratic, weights):
     result = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA)
     assert [state for _, state, _ in quadratic.calls] == [[1]] * 6
-    np.testing.assert_allclose(result.state, [2], rtol=1e-13)
+    np.testing.assert_allclose(result.main.state, [2], rtol=1e-13)
 
 
 def test_state_that_does_not_change_is_none(quadratic, weights):
@@ -145,25 +154,25 @@ def test_state_that_does_not_change_is_none(quadratic, weights):
 
     result = finite_differences(evaluate, weights, [7, 0.5], SUB_BATCHES, ALPHA, passed_on=[0])
     assert [state for _, state, _ in quadratic.calls] == [[7, 0.5]] * 6
-    assert result.state == [7, None]
+    assert result.main.state == [7, None]
 
 
 def test_main_pass_is_left_out_on_request(quadratic, weights):
     expected = finite_differences(quadratic, weights, [1], SUB_BATCHES, ALPHA, passed_on=[0])
     calls, quadratic.calls = quadratic.calls, []
     result = finite_differences(
-        quadratic, weights, [1], SUB_BATCHES, ALPHA, passed_on=[0], main_pass=False
+        quadratic, weights, [1], SUB_BATCHES, ALPHA, passed_on=[0], with_main=False
     )
     assert [state for _, state, _ in quadratic.calls] == [state for _, state, _ in calls]
     assert result.value == expected.value
     assert np.array_equal(np.concatenate(result.gradient), np.concatenate(expected.gradient))
-    assert [result.loss, result.loss_gradient, result.predictions, result.state] == [None] * 4
+    assert result.main is None
 
 
 def test_predictions_are_those_at_w(quadratic, weights):
     result = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     expected = 10 * np.arange(3) + weights[0][0] - quadratic.centres[:, 0]
-    np.testing.assert_allclose(result.predictions, expected, rtol=1e-14)
+    np.testing.assert_allclose(result.main.predictions, expected, rtol=1e-14)
 
 
 def test_weight_without_gradient_stays_without(quadratic, weights):
@@ -176,7 +185,7 @@ def test_weight_without_gradient_stays_without(quadratic, weights):
 
     unused = np.ones(4)
     result = finite_differences(evaluate, [*weights, unused], [], SUB_BATCHES, ALPHA)
-    assert result.gradient[2] is None and result.loss_gradient[2] is None
+    assert result.gradient[2] is None and result.main.gradients[2] is None
     assert all(point is unused for point in points)
     expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     np.testing.assert_array_equal(result.gradient[1], expected.gradient[1])
@@ -189,7 +198,7 @@ def test_weight_that_only_some_sub_batches_reach_keeps_their_share(quadratic, we
 
     result = finite_differences(evaluate, weights, [], SUB_BATCHES, ALPHA)
     expected = FRACTIONS[1] * quadratic.gradients(weights)[1][2:]
-    np.testing.assert_allclose(result.loss_gradient[1], expected, rtol=1e-14)
+    np.testing.assert_allclose(result.main.gradients[1], expected, rtol=1e-14)
 
 
 def test_one_sub_batch_is_the_whole_batch(quadratic, weights):
@@ -217,17 +226,17 @@ def test_scalars_are_multiplied_by_the_function_given(quadratic, weights):
     )
     expected = finite_differences(quadratic, weights, [], SUB_BATCHES, ALPHA)
     # Once by the weight, once by 1 / M.
-    for field in ("value", "loss"):
-        np.testing.assert_allclose(getattr(result, field), 4 * getattr(expected, field), rtol=1e-15)
-    for field in ("gradient", "loss_gradient"):
-        for got, quarter in zip(getattr(result, field), getattr(expected, field)):
-            np.testing.assert_allclose(got, 4 * quarter, rtol=1e-15)
+    found, quarters = (
+        (r.value, r.main.loss, *r.gradient, *r.main.gradients) for r in (result, expected)
+    )
+    for got, quarter in zip(found, quarters):
+        np.testing.assert_allclose(got, 4 * quarter, rtol=1e-15)
 
 
 def test_equal_sub_batches_are_averaged(quadratic, weights):
     equal = finite_differences(quadratic, weights, [], [(1.0, i) for i in range(3)], ALPHA)
     g = quadratic.gradients(weights)
-    np.testing.assert_allclose(np.concatenate(equal.loss_gradient), g.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(np.concatenate(equal.main.gradients), g.mean(axis=0), rtol=1e-13)
 
 
 def test_sums_are_added_up_by_the_function_given(quadratic, weights):

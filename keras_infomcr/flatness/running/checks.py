@@ -32,10 +32,11 @@ def check_built(model):
         raise ValueError(
             f"The model must have trainable weights. Received: model={model!r} without."
         )
-    if float8_scales(model):
+    scales = float8_scales(model.trainable_variables)
+    if scales:
         raise ValueError(
             "Layers must not be quantised to float8, through which nothing can be differentiated "
-            f"twice. Received: float8 scales {float8_scales(model)}. Measure the model before it "
+            f"twice. Received: float8 scales {scales}. Measure the model before it "
             "is quantised."
         )
 

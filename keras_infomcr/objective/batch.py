@@ -1,9 +1,11 @@
-"""Slices of a batch."""
+"""A batch, and its slices."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from keras_infomcr import backend
 
@@ -15,20 +17,18 @@ class Batch(NamedTuple):
         x: Inputs, any structure of arrays.
         y: Targets, likewise, or `None`.
         sample_weight: Sample weights, likewise, or `None`.
-        rows: Indices of the examples in the batch that this is a tiled slice of, else `None`.
     """
 
     x: Any
     y: Any = None
     sample_weight: Any = None
-    rows: Any = None
 
 
-class SubBatches:
+class SubBatches(Sequence):
     """A batch cut into `count` contiguous slices, whose sizes differ by at most one.
 
-    Of B examples slice i ends before example (i + 1) B / count, rounded down, so that R replicas
-    which cut B/R examples into count/R slices each cut the whole as one device does.
+    Slice i ends before example (i + 1) B / count, rounded down. If R replicas cut B/R examples each
+    into count/R slices, these are the slices that one device makes of the whole batch.
 
     Item i, an integer or a scalar array, is `(weight, batch)`: its size as a multiple of the
     mean, a float or a float64 scalar, and the slice as a `Batch`.
@@ -39,24 +39,13 @@ class SubBatches:
     Args:
         batch: A `Batch` of dense, ragged or sparse arrays.
         count: Integer, number of slices.
-        fixed_size: Integer, the size of the batch, for models that see no other: each slice is
-            tiled to it. `None` for all other models.
     """
 
-    def __init__(self, batch, count, fixed_size=None):
-        size = fixed_size or backend.batch_size(batch)
-        if isinstance(size, int):
-            count = min(count, size)
-        if fixed_size and size % count:
-            raise ValueError(
-                "The batch size must be a multiple of `num_sub_batches` where recurrent layers are "
-                f"stateful. Received: batch size={size}, num_sub_batches={count}. Change one of "
-                "them."
-            )
+    def __init__(self, batch: Batch, count: int):
+        size = backend.batch_size(batch)
         self._batch = batch
         self._size = size
-        self._count = count
-        self._fixed_size = fixed_size
+        self._count = min(count, size) if isinstance(size, int) else count
 
     def __len__(self):
         return self._count
@@ -69,8 +58,9 @@ class SubBatches:
             size = ops.maximum(self._size, 1)  # a replica may be left with no example
             weight = ops.cast(length * len(self), "float64") / ops.cast(size, "float64")
             start, length = ops.minimum(start, self._size - 1), ops.maximum(length, 1)
-        rows = start + ops.arange(self._size, dtype="int32") % length if self._fixed_size else None
-        return weight, Batch(*_take(self._batch[:3], start, length, rows), rows)
+        return weight, keras.tree.map_structure(
+            lambda a: None if a is None else backend.slice_rows(a, start, length), self._batch
+        )
 
     def _bounds(self, i):
         """Return where slice i starts and how long it is, integers or scalar arrays."""
@@ -85,12 +75,20 @@ class SubBatches:
         return start, end - start
 
 
-def _take(batch, start, length, rows):
-    def take(array):
-        if array is None:
-            return None
-        if rows is None:
-            return backend.slice_rows(array, start, length)
-        return ops.take(array, rows, axis=0)
+def joined(parts: Sequence, size: Any) -> Any:
+    """Return the predictions of a batch from the predictions of its slices.
 
-    return keras.tree.map_structure(take, batch)
+    Args:
+        parts: Sequence of structures of arrays, a slice each.
+        size: Integer or scalar array, the number of examples in the batch: surplus slices, which
+            stand last, are left out.
+    """
+    return keras.tree.map_structure(lambda *arrays: _concatenated(arrays, size), *parts)
+
+
+def _concatenated(parts, size):
+    whole = ops.concatenate(parts, axis=0)[:size]
+    masks = [get_keras_mask(part) for part in parts]
+    if all(mask is not None for mask in masks):
+        set_keras_mask(whole, ops.concatenate(masks, axis=0)[:size])
+    return whole
