@@ -249,27 +249,6 @@ def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
 
 
 @pytest.mark.slow
-def test_stateful_recurrent_layers_take_shares_of_the_sub_batches(mirrored, float64):
-    def updated(strategy, replicas):
-        def recurrent():
-            inputs = keras.Input((3, 4), batch_size=8 // replicas)
-            return inputs, keras.layers.Dense(2)(keras.layers.LSTM(5, stateful=True)(inputs))
-
-        x = np.stack([X, X + 1, X - 1], axis=1)
-        keras.utils.set_random_seed(0)
-        with strategy.scope():
-            model = RegularizedModel(*recurrent())
-            model.compile(keras.optimizers.SGD(1 / 8), "mse", regularizer=regularizer())
-        logs = model.fit(x, Y, batch_size=8, shuffle=False, verbose=0).history
-        return flat(model.trainable_weights), logs["infomcr_reg"]
-
-    (weights, value), (expected, expected_value) = updated(mirrored, 2), updated(ONE_DEVICE, 1)
-    # Sums in another order are 1e-16 of each, three steps.
-    np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-12)
-    assert value == pytest.approx(expected_value, rel=1e-12)
-
-
-@pytest.mark.slow
 def test_zero_beta_equals_plain_keras_to_the_bit(mirrored):
     """With batch norm and dropout: all statistics and seeds."""
     model, logs = train(mirrored, outputs=normalized, beta=0.0, num_sub_batches=2)

@@ -159,24 +159,6 @@ def test_mean_over_drawn_sub_batches_is_that_of_all(float64):
         keras.distribution.set_distribution(None)
 
 
-def test_states_of_recurrent_layers_are_those_of_one_device(distribution, float64):
-    """They belong to the rows of the whole batch, which is then cut as on one device."""
-
-    def recurrent():
-        inputs = keras.Input((3, 8), batch_size=16)
-        x = keras.layers.LSTM(5, stateful=True)(inputs)
-        return inputs, keras.layers.Dense(4)(x)
-
-    def trained(*args):
-        model = compiled(*args, outputs=recurrent)
-        x = np.stack([X, X + 1, X - 1], axis=1)
-        model.fit(x, Y, batch_size=16, shuffle=False, verbose=0)
-        return model
-
-    expected = trained()
-    assert_same(trained(distribution), expected)
-
-
 @pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_gate_opens_and_gamma_hat_is_that_of_one_device(distribution, float64):
     def callbacks():

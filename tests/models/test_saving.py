@@ -1,4 +1,4 @@
-"""Files: whole models, weights, copies; what comes back, and that training goes on."""
+"""Whole models in files and copies: what comes back, and that training goes on."""
 
 import copy
 import json
@@ -10,148 +10,27 @@ import numpy as np
 import pytest
 from frameworks import assert_allclose, assert_array_equal, only_on
 from keras import layers
+from models_to_save import (
+    FEW,
+    WAYS,
+    Plain,
+    Subclass,
+    X,
+    Y,
+    assert_different_state,
+    assert_same_state,
+    compiled,
+    from_file,
+    graph,
+    prepared,
+    register,
+    regularizer,
+    train,
+)
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.layers import LogitNormalization
 from keras_infomcr.regularizers import SubBatchPerturbation
-
-X = np.random.default_rng(1).normal(size=(8, 4)).astype("float32")
-Y = np.random.default_rng(2).normal(size=(8, 2)).astype("float32")
-
-register = keras.saving.register_keras_serializable("tests")
-
-
-def net(units=2):
-    return [layers.Dense(3, activation="tanh"), layers.Dense(units)]
-
-
-def graph():
-    inputs = x = keras.Input((4,))
-    for layer in net():
-        x = layer(x)
-    return inputs, x
-
-
-def set_up(model, units=2):
-    model.hidden, model.out = net(units)
-
-
-def call(model, inputs, training=None):
-    return model.out(model.hidden(inputs))
-
-
-@register
-class Plain(keras.Model):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        set_up(self)
-
-    call = call
-
-
-@register
-class Subclass(RegularizedModel):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        set_up(self)
-
-    call = call
-
-
-@register
-class WithArguments(RegularizedModel):
-    def __init__(self, scale, units=2, **kwargs):
-        super().__init__(**kwargs)
-        set_up(self, units)
-        self.scale = scale
-
-    def call(self, inputs, training=None):
-        return self.scale * call(self, inputs, training)
-
-    def get_config(self):
-        return {**super().get_config(), "scale": self.scale, "units": self.out.units}
-
-
-@register
-class FunctionalSubclass(RegularizedModel):
-    def __init__(self, **kwargs):
-        inputs, outputs = graph()
-        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-
-
-@register
-class FunctionalWithArguments(RegularizedModel):
-    def __init__(self, scale, name=None):
-        inputs, outputs = graph()
-        super().__init__(inputs, layers.Rescaling(scale)(outputs), name=name)
-        self.scale = scale
-
-    def get_config(self):
-        return {"scale": self.scale, "name": self.name}
-
-
-@register
-class PlainFunctionalSubclass(keras.Model):
-    def __init__(self, **kwargs):
-        inputs, outputs = graph()
-        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-
-
-def sequential(built=True):
-    return keras.Sequential([*([keras.Input((4,))] if built else []), *net()])
-
-
-WAYS = {
-    "functional": lambda: RegularizedModel(*graph()),
-    "subclass": Subclass,
-    "subclass, arguments": lambda: WithArguments(0.5),
-    "functional subclass": FunctionalSubclass,
-    "functional subclass, arguments": lambda: FunctionalWithArguments(0.5),
-    "from Functional": lambda: RegularizedModel.from_model(keras.Model(*graph())),
-    "from Sequential": lambda: RegularizedModel.from_model(sequential()),
-    "from deferred Sequential": lambda: RegularizedModel.from_model(sequential(built=False)),
-    "from subclass": lambda: RegularizedModel.from_model(Plain()),
-    "from functional subclass": lambda: RegularizedModel.from_model(PlainFunctionalSubclass()),
-}
-FEW = ["functional", "subclass", "from deferred Sequential", "from subclass"]
-
-
-def regularizer(beta=3.0):
-    return SubBatchPerturbation(0.1, beta, num_sub_batches=2)
-
-
-def compiled(model, optimizer=None, **kwargs):
-    """Compile, eagerly: for a few tiny steps faster than tracing."""
-    optimizer = optimizer or keras.optimizers.SGD(0.05, momentum=0.9)
-    kwargs = {"regularizer": regularizer(), "run_eagerly": True, **kwargs}
-    model.compile(optimizer, "mse", **kwargs)
-    return model
-
-
-def train(model, steps=1):
-    for _ in range(steps):
-        model.train_on_batch(X, Y)
-    return model
-
-
-def state(model):
-    """Return all that training changes."""
-    variables = model.optimizer.variables if model.compiled else []
-    return [*model.get_weights(), *(v.numpy() for v in variables)]
-
-
-def assert_same_state(a, b):
-    for x, y in zip(state(a), state(b), strict=True):
-        assert_array_equal(x, y)
-
-
-def assert_different_state(a, b):
-    assert any(not np.array_equal(x, y) for x, y in zip(state(a), state(b), strict=True))
-
-
-def from_file(model, tmp_path):
-    model.save(tmp_path / "model.keras")
-    return keras.saving.load_model(tmp_path / "model.keras")
 
 
 def from_pickle(model, tmp_path):
@@ -160,9 +39,6 @@ def from_pickle(model, tmp_path):
 
 def from_deepcopy(model, tmp_path):
     return copy.deepcopy(model)
-
-
-# Whole models
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -372,123 +248,7 @@ def test_unzipped_directory(way, tmp_path):
     assert_same_state(train(model), train(keras.saving.load_model(tmp_path / "model")))
 
 
-# Weight files
-
-
-PAIRS = {
-    "functional": (lambda: keras.Model(*graph()), WAYS["functional"]),
-    "subclass": (Plain, Subclass),
-    "functional subclass": (PlainFunctionalSubclass, FunctionalSubclass),
-    "from Functional": (lambda: keras.Model(*graph()), WAYS["from Functional"]),
-    "from Sequential": (sequential, WAYS["from Sequential"]),
-    "from deferred Sequential": (
-        lambda: sequential(built=False),
-        WAYS["from deferred Sequential"],
-    ),
-    "from subclass": (Plain, WAYS["from subclass"]),
-    "from functional subclass": (PlainFunctionalSubclass, WAYS["from functional subclass"]),
-}
-
-
-def prepared(make, is_compiled, steps=0):
-    model = make()
-    model(X)
-    if is_compiled:
-        if isinstance(model, RegularizedModel):
-            compiled(model, regularizer=None)
-        else:
-            model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", run_eagerly=True)
-        model.optimizer.build(model.trainable_variables)
-        train(model, steps)
-    return model
-
-
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("pair", PAIRS)
-def test_weight_files_are_those_of_a_plain_model(pair, is_compiled, tmp_path):
-    path = tmp_path / "model.weights.h5"
-    for source, target in (PAIRS[pair], PAIRS[pair][::-1]):
-        source = prepared(source, is_compiled, steps=1)
-        target = prepared(target, is_compiled)
-        assert_different_state(source, target)
-        source.save_weights(path)
-        target.load_weights(path)
-        assert_same_state(source, target)
-
-
-@pytest.mark.parametrize("way", ["subclass", "functional subclass", "from subclass"])
-def test_weight_files_load_back_and_training_goes_on(way, tmp_path):
-    source, target = train(compiled(WAYS[way]())), compiled(WAYS[way]())
-    target(X)
-    target.optimizer.build(target.trainable_variables)
-    source.save_weights(tmp_path / "model.weights.h5")
-    target.load_weights(tmp_path / "model.weights.h5")
-    assert_same_state(train(source), train(target))
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_no_extra_weights(pair):
-    plain, model = (prepared(make, True) for make in PAIRS[pair])
-    for kind in ("weights", "trainable_weights", "non_trainable_weights", "variables"):
-        ours, theirs = (
-            [(v.shape, v.dtype) for v in getattr(m, kind) if "metric" not in v.path]
-            for m in (model, plain)
-        )
-        assert ours == theirs
-    assert len(model.metrics_names) == len(plain.metrics_names)
-    assert len(model.optimizer.variables) == len(plain.optimizer.variables)
-    assert model.count_params() == plain.count_params()
-
-
-@pytest.mark.parametrize(
-    "pair", ["functional", "subclass", "from deferred Sequential", "from functional subclass"]
-)
-def test_weights_of_whole_model_files(pair, tmp_path):
-    """`load_weights` also reads `.keras` files."""
-    make_plain, make_ours = PAIRS[pair]
-    path = tmp_path / "model.keras"
-    for make_source in (make_ours, make_plain):
-        source, target = prepared(make_source, True, steps=1), prepared(make_ours, True)
-        source.save(path)
-        target.load_weights(path)
-        assert_same_state(source, target)
-
-
-@pytest.mark.parametrize("way", ["functional", "from subclass"])
-def test_sharded_weight_files(way, tmp_path):
-    source, target = prepared(WAYS[way], True, steps=1), prepared(WAYS[way], True)
-    source.save_weights(tmp_path / "model.weights.json", max_shard_size=1e-7)
-    assert len(list(tmp_path.glob("*.weights.h5"))) > 1
-    target.load_weights(tmp_path / "model.weights.json")
-    assert_same_state(source, target)
-
-
-def test_a_wrapped_model_of_another_shape_is_refused(tmp_path):
-    source, target = prepared(WAYS["from subclass"], True), WAYS["from subclass"]()
-    source.save_weights(tmp_path / "model.weights.h5")
-    target(X[:, :3])
-    before = target.get_weights()
-    with pytest.raises(ValueError, match="could not be loaded"):
-        target.load_weights(tmp_path / "model.weights.h5")
-    with pytest.warns(UserWarning, match="could not be loaded"):
-        target.load_weights(tmp_path / "model.weights.h5", skip_mismatch=True)
-    assert_array_equal(before[0], target.get_weights()[0])
-    assert_array_equal(source.get_weights()[-1], target.get_weights()[-1])
-
-
-def test_a_wrapped_model_keeps_the_state_of_a_compiled_original(tmp_path):
-    original = prepared(Plain, True, steps=1)
-    optimizer = original.optimizer
-    model = train(compiled(RegularizedModel.from_model(original)))
-    model.save_weights(tmp_path / "model.weights.h5")
-    model.load_weights(tmp_path / "model.weights.h5")
-    assert original.optimizer is optimizer
-    assert int(optimizer.iterations) == 1
-    assert not hasattr(original, "learning_rate_peak")
-    assert int(model.optimizer.iterations) == 1
-
-
-# Callbacks, export
+# Checkpoints, exports and old forms
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import pytest
 from frameworks import BACKEND, array, gradients, numpy, only_on, slices
-from test_fit_features import EAGER, X, Y, check, compiling, fitting
+from literal_reading import check_training
+from small_nets import EAGER, X, Y, compiling, fitting
 
 from keras_infomcr import RegularizedModel, flatness
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -36,12 +37,12 @@ def rematerialized_by_example(base):
 @pytest.mark.usefixtures("float64")
 def test_layers_that_are_computed_again_in_the_backward_pass():
     # Compiled by TensorFlow, Keras cannot train them.
-    check(rematerialized, fitting(), compiling(**EAGER))
+    check_training(rematerialized, fitting(), compiling(**EAGER))
 
 
 @pytest.mark.usefixtures("float64")
 def test_main_gradient_of_layers_that_are_computed_again_in_the_backward_pass():
-    check(rematerialized_by_example, fitting(), compiling(**EAGER), "auto")
+    check_training(rematerialized_by_example, fitting(), compiling(**EAGER), "auto")
 
 
 class ComputedAgain(keras.layers.Layer):
@@ -101,7 +102,7 @@ def test_layers_that_only_some_sub_batches_reach():
         inputs = keras.Input((4,))
         return base(inputs, Experts()(inputs))
 
-    check(build, fitting(x, batch_size=6), compiling(**EAGER))
+    check_training(build, fitting(x, batch_size=6), compiling(**EAGER))
 
 
 @only_on("torch", reason="it is torch's")
@@ -210,7 +211,7 @@ def test_a_layer_that_assigns_its_state_does_so_once_a_step():
         hidden = Centring()(keras.layers.Dense(5, "tanh")(inputs))
         return base(inputs, keras.layers.Dense(2)(hidden))
 
-    model = check(build, fitting(), compiling(**EAGER))
+    model = check_training(build, fitting(), compiling(**EAGER))
     # Two calls of `fit`, two batches each.
     assert numpy(model.layers[2].calls) == 4
 

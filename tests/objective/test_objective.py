@@ -74,3 +74,37 @@ def test_weight_penalties_are_left_as_they_were(rng):
     batch = Batch(array(rng.normal(size=(6, 4)), "float32"), array(rng.normal(size=(6, 3))))
     objective(objective.weights(), objective.state(), batch)
     assert all(v.regularizer is r for v, r in zip(model.trainable_variables, before))
+
+
+def test_a_loss_at_the_address_of_one_long_gone_counts(rng):
+    """Keras notes by their address which of a layer's losses it has collected.
+
+    A new loss may come to lie where an old one lay. Here every address counts as noted until the
+    notes are cleared, so that a loss is left out unless the objective clears them.
+    """
+
+    class EveryAddress(set):
+        gone = False
+
+        def __contains__(self, address):
+            return not self.gone or super().__contains__(address)
+
+        def clear(self):
+            self.gone = True
+
+    batch = Batch(array(rng.normal(size=(6, 4)), "float32"), array(rng.normal(size=(6, 3))))
+
+    def loss():
+        value, _ = objective(objective.weights(), objective.state(), batch)
+        return float(numpy(value))
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(3, activity_regularizer="l2")(inputs))
+    model.compile("sgd", "mse")
+    objective = Objective(model)
+    before = loss()
+    ids = [EveryAddress() for _ in model.layers]
+    for layer, addresses in zip(model.layers, ids):
+        object.__setattr__(layer, "_loss_ids", addresses)
+    assert loss() == before
+    assert all(addresses.gone for addresses in ids)

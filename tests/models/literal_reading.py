@@ -1,0 +1,275 @@
+"""Algorithm 1 of the paper, read literally and slowly, as a `keras.Model`.
+
+"Information-Theoretic Local Minima Characterization and Regularization" (Jia & Su, ICML 2020)
+writes the update in Algorithm 1 as a loop over the sub-batches of a batch. `Literal` follows that
+loop in plain Keras: it moves the weights in place, evaluates the loss there, and moves them back.
+It shares no code with the package.
+
+`check_training` trains three models from the same seed, in float64: a plain `keras.Model`, a
+`RegularizedModel` and a `Literal`.
+
+* With beta = 0, the first two must agree to the bit in weights, state, optimizer, metrics and logs.
+* With beta > 0, the last two must agree to rounding. Float64 rounds one update by some 1e-15 and
+  the regulariser's part of the update is of order 1e-3. The tolerance of 1e-9 of that part is a
+  thousand times what one step rounds, which leaves room for four steps.
+"""
+
+import keras
+import numpy as np
+from frameworks import (
+    BACKEND,
+    apply,
+    generator_states,
+    gradients,
+    numpy,
+    restore_generators,
+    slices,
+    stateful_step,
+)
+
+from keras_infomcr import RegularizedModel
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+ALPHA, BETA = 0.05, 2.0
+
+
+def literal_base(num_sub_batches=2):
+    """Return a class to use in the place of `keras.Model`.
+
+    Each call makes a new class, because Keras rewrites the bases of the class that makes a
+    Functional model.
+    """
+
+    class Literal(keras.Model):
+        beta = 0.0
+
+        def train_step(self, *args):
+            if not self.beta:
+                return super().train_step(*args)
+            return stateful_step(self, self.literal_step, *args)
+
+        def literal_step(self, data):
+            """Take one step of Algorithm 1; return the logs."""
+            data = keras.tree.map_structure(to_tensor, data)
+            x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+            states = recurrent_states(self)
+            before = values_of(states)
+            untouched = copy_of(weights)
+            y_pred, loss, found = self.evaluate_at(x, y, weights, penalties=True)
+            self._loss_tracker.update_state(loss, sample_weight=batch_size(x))
+            # What the main pass has left is what the step leaves: the evaluations of the
+            # sub-batches must not advance metrics, statistics or random numbers.
+            after = values_of(self.variables + self.metrics_variables + states)
+            restore(before)
+            generators = generator_states()
+            total = self.regularizer(x, y, untouched)
+            restore(after)
+            restore_generators(generators)
+            scale = self.optimizer.scale_loss(1.0)
+            found = [
+                None if g is None else scale * (g + self.beta * r) for g, r in zip(found, total)
+            ]
+            apply(self.optimizer, found, self.trainable_variables)
+            return self.compute_metrics(x, y, y_pred, sample_weight=weights)
+
+        def evaluate_at(self, x, y, weights, penalties=False, rows=None):
+            """Return the predictions, the loss and its gradients at the weights of now.
+
+            Args:
+                x: Inputs.
+                y: Labels, of the chosen rows.
+                weights: Sample weights of the chosen rows, or `None`.
+                penalties: Boolean, whether weight penalties count.
+                rows: Integers, the rows of the predictions that `y` labels, or `None` for all.
+            """
+            kwargs = {"training": True} if self._call_has_training_arg else {}
+            own_weights = weights if penalties else copy_of(weights)
+
+            def loss():
+                y_pred = self(x, **kwargs)
+                if rows is not None:
+                    y_pred = keras.ops.take(y_pred, rows, axis=0)
+                loss = self._compute_loss(x, y, y_pred, own_weights, training=True)
+                if not penalties:
+                    loss -= sum(v.regularizer(v) for v in self.trainable_variables if v.regularizer)
+                return loss, y_pred
+
+            loss, y_pred, found = gradients(loss, self.trainable_variables)
+            return y_pred, loss, found
+
+        def regularizer(self, x, y, weights):
+            """Return the gradient of R_alpha; append its value and the batch size to `values`."""
+            variables = self.trainable_variables
+            states = recurrent_states(self)
+            total, size, value = [0.0 for _ in variables], batch_size(x), 0.0
+            for rows in slices(size, num_sub_batches):
+                # A stateful layer has a state for each row of the whole batch. It sees all rows,
+                # and the loss sees its own; nothing couples the rows, so that the rest adds zero.
+                part = (x if states else take(x, rows)), take(y, rows), take(weights, rows)
+                keep = rows if states else None
+                state = values_of(self.non_trainable_variables + states)
+                generators = generator_states()
+                _, loss, g = self.evaluate_at(*part, rows=keep)
+                # The next sub-batch goes on with the random numbers that this one leaves, while
+                # its second evaluation draws the same ones as its first.
+                seeds = [(v, v.numpy()) for v, _ in state if "float" not in v.dtype]
+                restore(state)
+                restore_generators(generators)
+                here = values_of(variables)
+                for v, d in zip(variables, g):
+                    if d is not None:
+                        v.assign(v - ALPHA * d)
+                _, loss_moved, h = self.evaluate_at(*part, rows=keep)
+                restore(here + state + seeds)
+                fraction = len(rows) / size
+                value += fraction * float(loss - loss_moved)
+                total = [t if a is None else t + fraction * (a - b) for t, a, b in zip(total, g, h)]
+            self.values.append((value, size))
+            return total
+
+    return Literal
+
+
+def recurrent_states(model):
+    """Return the states of recurrent layers, which Keras does not list among the variables."""
+    return [v for layer in model.layers for v in getattr(layer, "states", None) or []]
+
+
+def values_of(variables):
+    """Return pairs of a variable and its value."""
+    return [(v, v.numpy()) for v in variables]
+
+
+def restore(values):
+    """Assign what `values_of` returned."""
+    for variable, value in values:
+        variable.assign(value)
+
+
+def to_tensor(array):
+    """Return an array of the framework; sparse and ragged ones are left as they are."""
+    whole = array is None or type(array).__name__ in ("SparseTensor", "RaggedTensor", "BCOO")
+    return array if whole else keras.ops.convert_to_tensor(array)
+
+
+def copy_of(weights):
+    """Return a copy of sample weights, which Keras's losses change in place on torch."""
+    return keras.tree.map_structure(lambda a: None if a is None else keras.ops.copy(a), weights)
+
+
+def batch_size(x):
+    """Return the number of examples."""
+    first = keras.tree.flatten(x)[0]
+    return int(first.shape[0] if first.shape[0] is not None else first.nrows())
+
+
+def take(structure, rows):
+    """Return the rows of all arrays of a structure, each of the kind that it was."""
+
+    def of(array):
+        if array is None:
+            return None
+        if type(array).__name__ in ("SparseTensor", "RaggedTensor"):
+            import tensorflow as tf
+
+            if isinstance(array, tf.RaggedTensor):
+                return tf.gather(array, rows)
+            return tf.sparse.from_dense(tf.gather(tf.sparse.to_dense(array), rows))
+        dense = keras.ops.take(keras.ops.convert_to_tensor(array, sparse=False), rows, axis=0)
+        return type(array).fromdense(dense) if type(array).__name__ == "BCOO" else dense
+
+    return keras.tree.map_structure(of, structure)
+
+
+def trained(base, build, fit, compile, **kwargs):
+    """Return a model of a fixed seed, trained, with its logs."""
+    keras.utils.set_random_seed(0)
+    model = build(base)
+    model.compile(**compile(), **kwargs)
+    return model, fit(model)
+
+
+def eagerly(compile):
+    """Return arguments of `compile`, changed so that each step runs as Python."""
+    return {**compile, "run_eagerly": True, "jit_compile": False, "steps_per_execution": 1}
+
+
+def variables(model):
+    """Return NumPy arrays of all that training changes, the metrics' variables among them."""
+    of_metrics = [v for metric in model.metrics for v in metric.variables]
+    everything = [*model.variables, *model.optimizer.variables, *of_metrics]
+    return [numpy(v) for v in everything]
+
+
+def flat(arrays):
+    """Return the numbers of all arrays in one vector of float64."""
+    return np.concatenate([np.ravel(a) for a in arrays]).astype("float64")
+
+
+def weights_of(model):
+    """Return all weights in one vector."""
+    return flat(map(numpy, model.weights))
+
+
+def assert_same(ours, plain, tolerance=0.0):
+    """Compare lists of arrays or logs: to the bit, or within a tolerance relative to their norm."""
+    if isinstance(ours, dict):
+        assert list(ours) == list(plain)
+        ours, plain = list(ours.values()), list(plain.values())
+    assert [np.shape(a) for a in ours] == [np.shape(a) for a in plain]
+    ours, plain = flat(ours), flat(plain)
+    if tolerance:
+        assert np.linalg.norm(ours - plain) <= tolerance * np.linalg.norm(plain)
+    else:
+        np.testing.assert_array_equal(ours, plain)
+
+
+def check_training(build, fit, compile, main="full_batch", tolerance=0.0, literal=True, count=2):
+    """Assert that training with beta = 0 is plain Keras and that beta > 0 is Algorithm 1.
+
+    Args:
+        build: Function of a base class that returns a model.
+        fit: Function of the model that trains it and returns its logs, a dictionary.
+        compile: Function that returns the arguments of `compile`.
+        main: The `main_gradient`. Only `"full_batch"` can agree with plain Keras to the bit.
+        tolerance: Float, relative, for beta = 0.
+        literal: Boolean, whether to train with beta > 0 as well and compare with `Literal`.
+        count: Integer, the number M of sub-batches.
+
+    Returns:
+        The `RegularizedModel`.
+    """
+    if main != "full_batch" or BACKEND == "jax":  # XLA fuses the two programs differently
+        tolerance = tolerance or 1e-13
+    regularizer = SubBatchPerturbation(ALPHA, 0.0, count, main)
+    ours, logs = trained(RegularizedModel, build, fit, compile, regularizer=regularizer)
+    plain, plain_logs = trained(keras.Model, build, fit, compile)
+    value = logs.pop("infomcr_reg", None)
+    assert value is None or np.isfinite(value).all() or not literal
+    assert_same(variables(ours), variables(plain), tolerance)
+    assert_same(logs, plain_logs, tolerance)
+    if literal:
+        slow, _ = trained(literal_base(count), build, fit, lambda: eagerly(compile()))
+        check_algorithm_1(ours, slow, plain, fit)
+    return ours
+
+
+def check_algorithm_1(ours, slow, plain, fit):
+    """Assert that models which agree so far train on as Algorithm 1 does, the third without it."""
+    slow.beta, slow.values = BETA, []
+    ours.regularizer.beta = BETA
+    all_logs = []
+    for model in (ours, slow, plain):
+        keras.utils.set_random_seed(1)
+        all_logs.append(fit(model))
+    logs, slow_logs, _ = all_logs
+    got = logs.pop("infomcr_reg", None)
+    if got is not None:
+        values, sizes = np.transpose(slow.values)
+        np.testing.assert_allclose(got, [np.average(values, weights=sizes)], rtol=1e-9)
+    # Keras weights the losses of single outputs by the batch size, but only where it is eager.
+    of_outputs = [key for key in logs if key.endswith(("a_loss", "b_loss"))]
+    assert_same(*({k: a[k] for k in a if k not in of_outputs} for a in (logs, slow_logs)), 1e-9)
+    effect = np.linalg.norm(weights_of(slow) - weights_of(plain))
+    assert effect > 1e-6, "the regulariser changed nothing: there is nothing to compare"
+    assert np.linalg.norm(weights_of(ours) - weights_of(slow)) <= 1e-9 * effect

@@ -1,0 +1,53 @@
+"""Whatever has a state advances once a step, as in Keras."""
+
+import keras
+import pytest
+from frameworks import only_on
+from literal_reading import ALPHA, BETA, assert_same, check_training, trained
+from small_nets import EAGER, SIZE, Measured, X, Y, compiling, fitting, normalized, sgd, two_layers
+
+from keras_infomcr import RegularizedModel
+from keras_infomcr.regularizers import SubBatchPerturbation
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.mark.slow
+def test_state_advances_once_per_step():
+    """Batch-norm statistics, seeds, metrics of layers and of the model."""
+    check_training(normalized, fitting(), compiling(metrics=["mae"]))
+
+
+@pytest.mark.parametrize("mode", [EAGER, {}], ids=["eager", "graph"])
+@pytest.mark.parametrize("num_perturbed", [None, 1])
+@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+def test_seeds_advance_once_per_step_whatever_the_main_gradient(main, num_perturbed, mode):
+    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main, num_perturbed)
+    compile = compiling(**mode)
+    ours, _ = trained(RegularizedModel, normalized, fitting(), compile, regularizer=regularizer)
+    plain, _ = trained(keras.Model, normalized, fitting(), compile)
+    seeds = [
+        [v.numpy() for v in model.non_trainable_variables if "seed" in v.path]
+        for model in (ours, plain)
+    ]
+    assert len(seeds[0]) == 2
+    assert_same(*seeds)
+
+
+@only_on("tensorflow", "torch", reason="Keras cannot update metrics in a layer on JAX")
+def test_metrics_of_layers_count_each_example_once_whatever_beta():
+    model = normalized(RegularizedModel)
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.fit(X, Y, 5, verbose=0)
+    metrics = [layer.mean for layer in model.layers if isinstance(layer, Measured)]
+    assert [float(metric.count.value) for metric in metrics] == [SIZE]
+
+
+@pytest.mark.parametrize("main", ["full_batch", "auto", "sub_batches"])
+def test_metrics_count_each_example_once(main):
+    model = two_layers(RegularizedModel)
+    regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main)
+    metric = keras.metrics.MeanSquaredError()
+    model.compile(sgd(), "mse", metrics=[metric], regularizer=regularizer)
+    model.fit(X, Y, 5, verbose=0)
+    assert float(metric.count.value) == SIZE
