@@ -28,9 +28,8 @@ from frameworks import BACKEND, array, numpy, only_on
 from keras import layers
 
 from keras_infomcr import RegularizedModel, backend
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
-from keras_infomcr.sub_batches import Batch
 
 ROUNDING, STENCIL, DIFFERENCE, SINGLE = 1e-12, 1e-9, 1e-10, 1e-4
 

@@ -1,7 +1,5 @@
 """Ways in which Keras lowers a learning rate, and a record of what each step used."""
 
-import types
-
 import keras
 import numpy as np
 from frameworks import BACKEND
@@ -9,7 +7,7 @@ from keras import layers
 from keras.optimizers import schedules
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.regularizers import Regularizer
+from keras_infomcr.regularizers import Regularizer, Step
 
 X = np.random.default_rng(1).normal(size=(8, 3)).astype("float32")
 Y = np.random.default_rng(2).normal(size=(8, 1)).astype("float32")
@@ -42,14 +40,12 @@ def note_rate(rate):
 class Spy(Regularizer):
     """Notes when it is asked, and asks for nothing."""
 
-    num_sub_batches = 1
-
     def __init__(self, strength=1.0):
         super().__init__(strength)
 
-    def __call__(self, objective, batch):
+    def __call__(self, objective, batch, memory):
         ACTIVE.append(len(RATES))
-        return types.SimpleNamespace(value=0.0, gradient=[None])
+        return Step(0.0)
 
     def get_config(self):
         return {"strength": float(self.strength)}

@@ -24,9 +24,8 @@ from random_models import EXCLUDED_LOSSES, LOSSES, WITHOUT_SECOND_DERIVATIVES, C
 from keras_infomcr import RegularizedModel
 from keras_infomcr.flatness import fisher_trace, gamma_hat
 from keras_infomcr.flatness.loss.loss_function import LossFunction
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
-from keras_infomcr.sub_batches import Batch
 
 ALPHA, BETA = 0.05, 2.0
 
@@ -235,7 +234,7 @@ def check_precision(case):
     assert_finite(extra)
     keras.config.set_floatx("float32")
     batch = Batch(*keras.tree.map_structure(tensor, data))
-    found = model.regularizer(Objective(model), batch).gradient
+    found = model.regularizer(Objective(model), Batch(*batch), []).gradient
     keras.config.set_floatx("float64")
     found = flat(
         np.zeros(v.shape) if g is None else numpy(keras.ops.convert_to_tensor(g))

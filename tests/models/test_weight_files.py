@@ -117,5 +117,5 @@ def test_a_wrapped_model_keeps_the_state_of_a_compiled_original(tmp_path):
     model.load_weights(tmp_path / "model.weights.h5")
     assert original.optimizer is optimizer
     assert int(optimizer.iterations) == 1
-    assert not hasattr(original, "learning_rate_peak")
+    assert not hasattr(original, "_training_record")
     assert int(model.optimizer.iterations) == 1

@@ -6,8 +6,7 @@ import pytest
 from frameworks import array, numpy
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.objective import Objective
-from keras_infomcr.sub_batches import Batch
+from keras_infomcr.objective import Batch, Objective
 
 
 class Penalized(keras.layers.Layer):

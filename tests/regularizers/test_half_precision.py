@@ -9,7 +9,8 @@ from algorithm_1 import flat
 from frameworks import array
 from gelu_networks import GeluNetwork, gelu_network
 
-from keras_infomcr.objective import Objective
+from keras_infomcr import RegularizedModel
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 
@@ -27,7 +28,7 @@ def contributions(build, policy):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         regularizer=SubBatchPerturbation(num_sub_batches=2),
     )
-    given = flat(model.regularizer(Objective(model), (array(x), array(y), None)).gradient)
+    given = flat(model.regularizer(Objective(model), Batch(array(x), array(y)), []).gradient)
     initial, trained = model.get_weights(), []
     for beta in (0.0, 100.0):
         model.set_weights(initial)
@@ -80,9 +81,23 @@ def test_overflow_skips_the_step_as_in_plain_keras(rng):
 def test_half_precision_weights_are_refused():
     keras.config.set_dtype_policy("float16")
     model = gelu_network()
-    model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
-    before = model.get_weights()
     message = r"Weights must be float32 or float64.*Received: half-precision weights \['dense/kern"
     with pytest.raises(ValueError, match=message):
-        model.train_on_batch(np.ones((4, 12)), np.ones((4, 4)))
-    np.testing.assert_array_equal(flat(model.get_weights()), flat(before))
+        model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
+
+
+def test_half_precision_weights_that_come_later_are_refused():
+    keras.config.set_dtype_policy("float16")
+
+    class Net(RegularizedModel):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(4)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = Net()
+    model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
+    with pytest.raises(ValueError, match="Weights must be float32 or float64"):
+        model.fit(np.ones((4, 12)), np.ones((4, 4)), verbose=0)

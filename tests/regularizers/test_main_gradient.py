@@ -47,7 +47,7 @@ def main_gradient_of(outputs, loss="mse", base=RegularizedModel, **kwargs):
     inputs = keras.Input((5,))
     model = base(inputs, outputs(inputs))
     model.compile("sgd", loss, regularizer=SubBatchPerturbation(num_sub_batches=2, **kwargs))
-    return model.regularizer.gives_main_gradient(model)
+    return model.regularizer.replaces_main_pass(model)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_full_batch_gives_the_main_gradient_of_an_overridden_call():
 
 
 def test_full_batch_gives_the_main_gradient_of_a_subclass():
-    assert not make_subclassed().regularizer.gives_main_gradient(make_subclassed())
+    assert not make_subclassed().regularizer.replaces_main_pass(make_subclassed())
 
 
 def make_subclassed():

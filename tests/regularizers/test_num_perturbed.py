@@ -9,9 +9,8 @@ import pytest
 from frameworks import BACKEND, array, numpy, only_on
 
 from keras_infomcr import RegularizedModel, regularizers
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
-from keras_infomcr.sub_batches import Batch
 
 M = 4
 ESTIMATORS = ["finite_difference", "hessian_vector_product"]
@@ -59,15 +58,15 @@ def test_mean_over_all_subsets_is_the_whole(
     settings = {"estimator": estimator, "main_gradient": main_gradient}
     model = make(None, normalize=True, **settings)
     weights = model.get_weights()
-    whole = model.regularizer(Objective(model), Batch(x, y))
+    whole = model.regularizer(Objective(model), Batch(x, y), [])
 
     model = make(num_perturbed, normalize=True, **settings)
     model.set_weights(weights)
 
     def with_ranks(ranks):
         monkeypatch.setattr(model.regularizer, "_random_ranks", lambda *_: ranks)
-        result = model.regularizer(Objective(model), Batch(x, y))
-        return result.value, result.gradient, result.loss_gradient
+        result = model.regularizer(Objective(model), Batch(x, y), [])
+        return result.value, result.gradient, result.main.gradients
 
     if BACKEND == "jax":
         import jax
@@ -78,7 +77,7 @@ def test_mean_over_all_subsets_is_the_whole(
         value, gradient, loss_gradient = with_ranks(array(ranks))
         found.append([float(numpy(value)), *flat(gradient)])
         if main_gradient == "sub_batches":
-            np.testing.assert_allclose(flat(loss_gradient), flat(whole.loss_gradient), atol=1e-14)
+            np.testing.assert_allclose(flat(loss_gradient), flat(whole.main.gradients), atol=1e-14)
     expected = [float(numpy(whole.value)), *flat(whole.gradient)]
     # Float64; the difference of gradients of order one is of order 0.1.
     np.testing.assert_allclose(np.mean(found, axis=0), expected, rtol=1e-12, atol=1e-14)
@@ -139,11 +138,11 @@ def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rn
     for step, start in enumerate([0, 8, 16] * 2):
         batch = Batch(array(x[start : start + 8]), array(y[start : start + 8]))
         reference.optimizer.iterations.assign(step)
-        result = reference.regularizer(Objective(reference), batch)
+        result = reference.regularizer(Objective(reference), Batch(*batch), [])
         # The mean of the sub-batches' gradients is the batch's: no layer couples its examples.
         plain = make(None, main_gradient="sub_batches", run_eagerly=True)
         plain.set_weights(reference.get_weights())
-        main = plain.regularizer(Objective(plain), batch).loss_gradient
+        main = plain.regularizer(Objective(plain), Batch(*batch), []).main.gradients
         gradients = [numpy(g) + 2 * numpy(r) for g, r in zip(main, result.gradient)]
         velocity = [0.5 * v - 0.1 * g for v, g in zip(velocity, gradients)]
         for variable, v in zip(reference.trainable_variables, velocity):

@@ -10,7 +10,7 @@ from algorithm_1 import flat
 from frameworks import array, numpy
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 
@@ -33,10 +33,10 @@ def test_both_evaluations_of_a_pair_draw_the_same_numbers(rng):
     model = linear_model()
     model.regularizer.main_gradient = "sub_batches"
     x = array(rng.normal(size=(6, 30)), "float32")
-    result = model.regularizer(Objective(model), (x, array(np.zeros((6, 2)), "float32"), None))
+    result = model.regularizer(Objective(model), Batch(x, array(np.zeros((6, 2)), "float32")), [])
     # g is the mean of x under its mask, whatever w: equal masks make the difference exactly 0.
     np.testing.assert_array_equal(flat(result.gradient), 0)
-    assert np.linalg.norm(flat(result.loss_gradient)) > 1
+    assert np.linalg.norm(flat(result.main.gradients)) > 1
     assert float(result.value) > 1  # alpha times the mean of ||g_i||^2
 
 
@@ -44,8 +44,8 @@ def test_sub_batches_draw_numbers_of_their_own():
     model = linear_model()
     model.regularizer.main_gradient = "sub_batches"
     x = array(np.ones((6, 30)), "float32")
-    result = model.regularizer(Objective(model), (x, array(np.zeros((6, 2)), "float32"), None))
-    first, second, third = map(numpy, result.predictions)
+    result = model.regularizer(Objective(model), Batch(x, array(np.zeros((6, 2)), "float32")), [])
+    first, second, third = np.split(numpy(result.main.predictions), 3)
     assert not np.allclose(first, second) and not np.allclose(second, third)
 
 
@@ -77,7 +77,7 @@ def test_evaluations_leave_no_trace(rng):
     variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
     before = [v.numpy() for v in variables]
     result = model.regularizer(
-        Objective(model), (array(x), array(np.ones((6, 4)), "float32"), None)
+        Objective(model), Batch(array(x), array(np.ones((6, 4)), "float32")), []
     )
     assert np.isfinite(flat(result.gradient)).all()
     for value, variable in zip(before, variables):

@@ -21,7 +21,7 @@ from algorithm_1 import (
 )
 from frameworks import array
 
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_contribution_is_the_gradient_of_algorithm_1(float64, net, data, size, c
     batch = [array(a) for a in (x, y, weights)]
     if plainly:
         weights, batch[2] = np.ones(size), None
-    result = model.regularizer(Objective(model), batch)
+    result = model.regularizer(Objective(model), Batch(*batch), [])
     oracle = Algorithm1(net, model.get_weights(), penalty, count)
     value, gradient = oracle.regularizer(x, y, weights)
     assert_same_direction(result.gradient, gradient)
@@ -97,7 +97,7 @@ def test_penalties_are_no_part_of_the_regularizer(float64, data):
     for penalty in (0.0, 100.0):
         model = make(TwoLayers, penalty, num_sub_batches=2)
         batch = [array(a) for a in data]
-        results.append(model.regularizer(Objective(model), batch))
+        results.append(model.regularizer(Objective(model), Batch(*batch), []))
     # No rounding either: the penalties are left out, not subtracted.
     np.testing.assert_array_equal(flat(results[0].gradient), flat(results[1].gradient))
     np.testing.assert_array_equal(results[0].value, results[1].value)

@@ -1,0 +1,63 @@
+"""Small rules that use what the contract of `Regularizer` offers, each with its NumPy reading.
+
+An oracle is a function `(rule, gradient, w, x, y, memory) -> (direction, memory)`, with
+`gradient(w, x, y)` the gradient of the mean loss and `w` one vector. The direction is what the
+weights move against.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_infomcr.regularizers import Regularizer, Step, SubBatchPerturbation
+
+
+@keras.saving.register_keras_serializable("keras_infomcr_tests")
+class Anchored(Regularizer):
+    """Pulls the weights to a mean of those of earlier steps, and makes the main pass itself."""
+
+    def __init__(self, strength=0.5, keep=0.75):
+        super().__init__(strength)
+        self.keep = keep
+
+    def build(self, variables):
+        self.memory = [
+            keras.Variable(ops.copy(v), dtype=v.dtype, trainable=False, name=f"anchor_{k}")
+            for k, v in enumerate(variables)
+        ]
+
+    def replaces_main_pass(self, model):
+        return True
+
+    def __call__(self, objective, batch, memory):
+        weights = objective.weights()
+        main = objective.evaluate(weights, objective.state(), batch)
+        pull = [w - m for w, m in zip(weights, memory)]
+        value = sum(ops.sum(ops.square(p)) for p in pull) / 2
+        anchors = [self.keep * m + (1 - self.keep) * w for w, m in zip(weights, memory)]
+        return Step(value, pull, main, anchors)
+
+    def get_config(self):
+        return {"strength": float(self.strength), "keep": self.keep}
+
+
+def anchored_oracle(rule, gradient, w, x, y, memory):
+    memory = w if memory is None else memory
+    direction = gradient(w, x, y) + float(rule.strength) * (w - memory)
+    return direction, rule.keep * memory + (1 - rule.keep) * w
+
+
+def perturbation_oracle(rule, gradient, w, x, y, memory):
+    extra, count = 0.0, min(rule.num_sub_batches, len(x))
+    for rows in np.array_split(np.arange(len(x)), count):
+        g = gradient(w, x[rows], y[rows])
+        h = gradient(w - rule.alpha * g, x[rows], y[rows])
+        extra += len(rows) / len(x) * (g - h)
+    return gradient(w, x, y) + float(rule.beta) * extra, None
+
+
+# Each rule of the suite is one line: how it is made, given its strength, and its oracle.
+RULES = {
+    "sub_batch_perturbation": (lambda s: SubBatchPerturbation(0.05, s, 2), perturbation_oracle),
+    "anchored": (Anchored, anchored_oracle),
+}
