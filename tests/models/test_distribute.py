@@ -212,7 +212,7 @@ def test_mean_over_drawn_sub_batches_is_that_of_all(mirrored, float64):
 
 @pytest.mark.parametrize(("asked", "made"), [(1, 2), pytest.param(5, 4, marks=pytest.mark.slow)])
 def test_each_replica_takes_as_many_sub_batches(mirrored, float64, asked, made):
-    with pytest.warns(UserWarning, match=f"num_sub_batches={asked} .* makes {made} in all"):
+    with pytest.warns(UserWarning, match=f"`num_sub_batches={asked}` is not divisible by 2 .* {made} in total"):
         model, _ = train(mirrored, num_sub_batches=asked)
     expected, _ = train(ONE_DEVICE, num_sub_batches=made)
     assert_same(model, expected)
