@@ -15,8 +15,12 @@ X = draw.normal(size=(SIZE, 4))
 Y = draw.normal(size=(SIZE, 2))
 LABELS = draw.integers(3, size=SIZE)
 WEIGHTS = draw.uniform(0.2, 3, size=SIZE)
-# How the step runs. Eagerly where a graph would show nothing more: tracing is what takes time here.
+# How the step runs. Tracing and compiling take most of the time of these small tests, so that a
+# test runs eagerly where a graph would show nothing more.
 EAGER, XLA = {"run_eagerly": True}, {"jit_compile": True}
+# The same for tests of single steps. Without a compiler JAX dispatches one operation after the
+# other, which takes longer than compiling them together.
+QUICKEST = {} if BACKEND == "jax" else EAGER
 with_main_gradient = pytest.mark.parametrize(
     ("main", "mode"), [("full_batch", EAGER), ("auto", {})], ids=["full_batch", "auto"]
 )

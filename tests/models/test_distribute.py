@@ -58,6 +58,7 @@ def train(
     fit=None,
     momentum=0.5,
     num_examples=24,
+    eagerly=False,
     **kwargs,
 ):
     """Train for an epoch of batches of 8; return the model and its logs.
@@ -69,6 +70,8 @@ def train(
         fit: Other arguments of `fit`.
         momentum: Float, of the optimizer.
         num_examples: Integer, the length of the epoch.
+        eagerly: Boolean, whether the steps run without tracing, as they may on one device, where
+            it takes less time and the same numbers are computed, to rounding.
         **kwargs: Of `regularizer`, or the regulariser itself.
     """
     keras.utils.set_random_seed(0)
@@ -78,7 +81,7 @@ def train(
             kwargs = {"regularizer": regularizer(**kwargs)}
         # Numbers exact in float32, through which Keras takes them.
         optimizer = keras.optimizers.SGD(1 / 8, momentum=momentum)
-        model.compile(optimizer, "mse", weighted_metrics=["mae"], **kwargs)
+        model.compile(optimizer, "mse", weighted_metrics=["mae"], run_eagerly=eagerly, **kwargs)
     rows = slice(num_examples)
     fit = {"sample_weight": WEIGHTS[rows], "batch_size": 8, "shuffle": False} | (fit or {})
     return model, model.fit(X[rows], Y[rows], verbose=0, **fit).history
@@ -111,8 +114,8 @@ ONE_DEVICE = tf.distribute.get_strategy()
 def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_inside):
     """M = 4; with batches of 4, each sub-batch is one example, and nothing may warn of that."""
     kwargs, fit = {"main_gradient": main}, {"batch_size": size}
-    expected, expected_logs = train(ONE_DEVICE, fit=fit, **kwargs)
-    plain, _ = train(ONE_DEVICE, keras.Model, fit=fit)
+    expected, expected_logs = train(ONE_DEVICE, fit=fit, eagerly=True, **kwargs)
+    plain, _ = train(ONE_DEVICE, keras.Model, fit=fit, eagerly=True)
     if not made_inside:
         kwargs = {"regularizer": regularizer(**kwargs)}
     model, logs = train(mirrored, fit=fit, **kwargs)
@@ -128,7 +131,7 @@ def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_in
 
 def test_update_equals_that_of_one_device_in_float32(mirrored):
     model, _ = train(mirrored, num_sub_batches=2)
-    expected, _ = train(ONE_DEVICE, num_sub_batches=2)
+    expected, _ = train(ONE_DEVICE, num_sub_batches=2, eagerly=True)
     # Rounding is 6e-8 of a weight; three steps, with momentum, and their sums make a dozen of it.
     difference = flat(model.weights) - flat(expected.weights)
     assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(flat(expected.weights))
@@ -147,8 +150,8 @@ def test_update_equals_that_of_one_device_in_float32(mirrored):
 def test_synchronized_batch_normalization_equals_that_of_one_device(mirrored, float64, kwargs):
     """The batch is normalised over all replicas, a sub-batch by itself, as on one device."""
     model, logs = train(mirrored, outputs=synchronized, **kwargs)
-    expected, expected_logs = train(ONE_DEVICE, outputs=synchronized, **kwargs)
-    plain, _ = train(ONE_DEVICE, keras.Model, outputs=synchronized)
+    expected, expected_logs = train(ONE_DEVICE, outputs=synchronized, eagerly=True, **kwargs)
+    plain, _ = train(ONE_DEVICE, keras.Model, outputs=synchronized, eagerly=True)
     difference, contribution = (
         np.linalg.norm(flat(m.weights) - flat(expected.weights)) for m in (model, plain)
     )
@@ -162,7 +165,7 @@ def test_slices_of_uneven_sizes_are_those_of_one_device(mirrored, float64):
     """A last batch of 6 gives slices of 1, 2, 1 and 2 examples."""
     fit = {"batch_size": 6}
     model, _ = train(mirrored, fit=fit)
-    expected, _ = train(ONE_DEVICE, fit=fit)
+    expected, _ = train(ONE_DEVICE, fit=fit, eagerly=True)
     assert_same(model, expected)
 
 
@@ -214,7 +217,7 @@ def test_mean_over_drawn_sub_batches_is_that_of_all(mirrored, float64):
 def test_each_replica_takes_as_many_sub_batches(mirrored, float64, asked, made):
     with pytest.warns(UserWarning, match=f"num_sub_batches={asked} .* makes {made} in all"):
         model, _ = train(mirrored, num_sub_batches=asked)
-    expected, _ = train(ONE_DEVICE, num_sub_batches=made)
+    expected, _ = train(ONE_DEVICE, num_sub_batches=made, eagerly=True)
     assert_same(model, expected)
 
 

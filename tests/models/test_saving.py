@@ -288,7 +288,7 @@ def test_whole_model_in_the_old_h5_form(tmp_path):
     inputs = keras.Input((4,))
     outputs = LogitNormalization()(layers.Dense(2)(inputs))
     model = RegularizedModel(inputs, outputs)
-    model.compile("adam", keras.losses.MeanSquaredError())
+    model.compile("adam", keras.losses.MeanSquaredError(), run_eagerly=True)
     model.fit(X, Y, verbose=0)
     path = tmp_path / "model.h5"
     model.save(path)
@@ -296,7 +296,8 @@ def test_whole_model_in_the_old_h5_form(tmp_path):
     assert type(loaded) is type(model)
     assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
     for each in (loaded, model):
-        each.compile(keras.optimizers.SGD(0.1), "mse", regularizer=SubBatchPerturbation())
+        optimizer = keras.optimizers.SGD(0.1)
+        each.compile(optimizer, "mse", run_eagerly=True, regularizer=SubBatchPerturbation())
     logs, expected = (e.fit(X, Y, shuffle=False, verbose=0).history for e in (loaded, model))
     assert logs == expected
     assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])

@@ -193,11 +193,11 @@ def test_sub_batches_on_request_average_the_statistics_of_sub_batches(float64, r
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
-def test_sub_batches_of_a_loss_that_is_no_mean_are_refused(reduction, data):
+def test_sub_batches_of_a_loss_that_is_no_mean_are_refused(reduction, rng):
     model = make(SoftmaxRegression, main_gradient="sub_batches")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     model.compile("sgd", loss, regularizer=model.regularizer)
     before = model.get_weights()
     with pytest.raises(ValueError, match='Use `main_gradient="full_batch"`'):
-        model.fit(*data[:2], verbose=0)
+        model.fit(rng.normal(size=(8, 5)), rng.integers(3, size=8), verbose=0)
     np.testing.assert_array_equal(flat(model.get_weights()), flat(before))
