@@ -140,7 +140,7 @@ def test_opens_a_compiled_step(make):
     assert np.isnan(history["infomcr_reg"][0]) and history["infomcr_reg"][1] > 0
 
 
-@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch")
+@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch.")
 @pytest.mark.parametrize(("boundary", "batch"), [(5, 7), (4, 7), (3, 5)])
 def test_steps_per_execution(boundary, batch):
     """The drop is seen at the next execution of two steps."""

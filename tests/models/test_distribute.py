@@ -10,7 +10,7 @@ from keras_infomcr.callbacks import RegularizationSchedule
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 if BACKEND != "tensorflow":
-    pytest.skip("`tf.distribute` is TensorFlow's", allow_module_level=True)
+    pytest.skip("`tf.distribute` is a part of TensorFlow.", allow_module_level=True)
 
 import tensorflow as tf
 

@@ -116,7 +116,7 @@ def test_wrapped_model_keeps_the_dtype_of_inputs(float64):
     assert_array_equal(original(x), outputs)
 
 
-@only_on("tensorflow", "torch", reason="Keras cannot update metrics in `call` on JAX")
+@only_on("tensorflow", "torch", reason="On JAX, Keras cannot update metrics in `call`.")
 def test_wrapped_model_keeps_its_own_metrics():
     class Measured(make_subclass(keras.Model)):
         def __init__(self):

@@ -112,13 +112,13 @@ def count_traces(callback, epochs=3):
     return counts
 
 
-@only_on("tensorflow", "jax", reason="nothing is traced on torch")
+@only_on("tensorflow", "jax", reason="On torch, Keras does not trace the step.")
 def test_live_beta_is_not_retraced():
     counts = count_traces(Call(lambda model, batch: set_beta(model, 1.0 + batch)))
     assert counts[0] == counts[1] == counts[2]
 
 
-@only_on("tensorflow", "jax", reason="nothing is traced on torch")
+@only_on("tensorflow", "jax", reason="On torch, Keras does not trace the step.")
 def test_gate_is_traced_once_per_position():
     def flip(model, batch):
         model.regularizer_active = not model.regularizer_active

@@ -11,7 +11,7 @@ from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDro
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 if BACKEND != "jax":
-    pytest.skip("`keras.distribution` is JAX's", allow_module_level=True)
+    pytest.skip("`keras.distribution` works on JAX alone.", allow_module_level=True)
 
 import jax
 

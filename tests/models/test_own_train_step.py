@@ -17,7 +17,7 @@ X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(16, 1)).astype("float32")
 DID_NOT_ACT = "The regulariser did not act"
 
-on_jax = only_on("jax", reason="elsewhere a step takes no state")
+on_jax = only_on("jax", reason="Only on JAX does a train step take and return the state.")
 unregularized = pytest.mark.filterwarnings(f"ignore:{DID_NOT_ACT}")
 
 

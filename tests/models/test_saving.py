@@ -269,7 +269,7 @@ def test_model_checkpoint(way, weights_only, tmp_path):
     assert np.isfinite(checkpoint.best)
 
 
-@only_on("tensorflow", reason="needs TensorFlow")
+@only_on("tensorflow", reason="The test loads the export with TensorFlow.")
 @pytest.mark.parametrize("way", ["functional", "from subclass"])
 def test_export(way, tmp_path):
     import tensorflow as tf

@@ -15,7 +15,7 @@ from frameworks import BACKEND
 pytestmark = pytest.mark.slow  # each process starts TensorFlow or JAX anew
 
 if BACKEND == "torch":
-    pytest.skip("Keras on torch trains in one process", allow_module_level=True)
+    pytest.skip("On torch, Keras trains in one process.", allow_module_level=True)
 
 
 def addresses():

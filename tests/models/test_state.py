@@ -54,7 +54,7 @@ def seeds_of(model):
     return [v.numpy() for v in model.non_trainable_variables if "seed" in v.path]
 
 
-@only_on("tensorflow", "torch", reason="Keras cannot update metrics in a layer on JAX")
+@only_on("tensorflow", "torch", reason="On JAX, Keras cannot update the metrics of a layer.")
 def test_metrics_of_layers_count_each_example_once_whatever_beta():
     model = normalized(RegularizedModel)
     regularizer = SubBatchPerturbation(ALPHA, BETA, 2)

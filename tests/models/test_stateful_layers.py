@@ -21,7 +21,7 @@ def sequences(size):
 
 
 not_stateful_on_torch = only_on(
-    "tensorflow", "jax", reason="Keras cannot train stateful recurrent layers on torch"
+    "tensorflow", "jax", reason="Keras cannot train stateful recurrent layers on torch."
 )
 
 
@@ -100,7 +100,7 @@ def test_stateful_recurrent_layers_take_shares_of_the_sub_batches(mirrored):
 
 
 @pytest.mark.parametrize("kind", ["data parallel", "model parallel"])
-@only_on("jax", reason="`keras.distribution` is JAX's")
+@only_on("jax", reason="`keras.distribution` works on JAX alone.")
 def test_states_of_recurrent_layers_are_those_of_one_device(kind):
     """The states belong to the rows of the whole batch, which is then cut as on one device."""
     one = trained_recurrent(8, 8)

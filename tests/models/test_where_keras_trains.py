@@ -154,7 +154,7 @@ def test_an_empty_batch_is_what_it_is_in_keras(arguments, eager):
     assert_array_equal(found[1][0], expected[1][0])
 
 
-@only_on("tensorflow", reason="elsewhere Keras's own step fails on an empty batch")
+@only_on("tensorflow", reason="On JAX and torch, Keras's own step fails on an empty batch.")
 @each_step
 def test_an_empty_batch_of_unknown_size_changes_nothing(arguments):
     model = dense(RegularizedModel)

@@ -1,4 +1,4 @@
-"""A random subset of the sub-batches in place of all."""
+"""`num_perturbed`: a random subset of the sub-batches is perturbed, in place of all of them."""
 
 import itertools
 import warnings
@@ -74,7 +74,9 @@ def test_mean_over_all_subsets_is_the_whole(
 
         with_ranks = jax.jit(with_ranks)
     found = []
-    for ranks in itertools.permutations(range(M)):  # each subset equally often
+    for subset in itertools.combinations(range(M), num_perturbed):
+        rest = [i for i in range(M) if i not in subset]
+        ranks = np.argsort([*subset, *rest])  # lowest where a sub-batch is perturbed
         value, gradient, loss_gradient = with_ranks(array(ranks))
         found.append([float(numpy(value)), *flat(gradient)])
         if main_gradient == "sub_batches":
@@ -115,7 +117,9 @@ MODES = [
     {"run_eagerly": True},
     pytest.param(
         {"jit_compile": True},
-        marks=only_on("tensorflow", "jax", reason="torch.compile takes half a minute a model"),
+        marks=only_on(
+            "tensorflow", "jax", reason="`torch.compile` takes half a minute for each model."
+        ),
     ),
 ]
 
@@ -175,10 +179,16 @@ class Counting(keras.layers.Layer):
         return x
 
 
-@only_on("tensorflow", "torch", reason="JAX traces both branches, executed or not")
+@only_on(
+    "tensorflow", "torch", reason="JAX traces both branches, whether they are executed or not."
+)
 @pytest.mark.parametrize("num_perturbed", [1, 2, 4, 8])
 def test_cost_falls_with_the_sub_batches_that_are_perturbed(num_perturbed, rng):
-    """Of batches of 1/8: 8 + k evaluations, or one of the whole batch and 2 k."""
+    """Count the evaluations of sub-batches, each an eighth of the batch.
+
+    If the sub-batches give the main gradient, there are 8 of them and k perturbed ones. If not,
+    there is one evaluation of the whole batch, and k pairs.
+    """
     for main_gradient, expected in (("sub_batches", 8 + num_perturbed), ("full_batch", None)):
         inputs = keras.Input((3,))
         outputs = keras.layers.Dense(2)(Counting()(inputs))
