@@ -209,7 +209,7 @@ WORDS = np.random.default_rng(1).integers(6, size=(SIZE, 4))
 
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, sgd, keras.optimizers.RMSprop])
 def test_embedding_with_zero_beta_equals_plain_keras(optimizer):
-    # Keras's optimizers depend on how rows repeat in a sparse gradient: they must repeat as before.
+    # Keras's optimizers depend on how often a row occurs in a sparse gradient, which must stay.
     check_training(
         embedding, fitting(WORDS), compiling(**EAGER, optimizer=optimizer), literal=False
     )

@@ -186,7 +186,7 @@ def test_several_inputs_and_outputs_come_back(tmp_path):
 
 
 def test_saved_names_stay_the_same(tmp_path):
-    """Files of today must load tomorrow."""
+    """A file that was saved today must load with later versions: its names must not change."""
     names = {
         "functional": "keras_infomcr>RegularizedFunctional",
         "from subclass": "keras_infomcr>WrappedModel",

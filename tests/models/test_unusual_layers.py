@@ -1,7 +1,7 @@
 """Layers that assign weights, draw, compute again or are quantised, in the regularised step.
 
-The nets of `check` are compared with `Literal` of `test_fit_features.py`, whose module tells where
-its tolerances come from.
+`check_training` compares with the literal reading of Algorithm 1. Its module, `literal_reading.py`,
+says where the tolerances come from.
 """
 
 import random
@@ -233,7 +233,7 @@ def test_a_pair_shares_what_python_and_numpy_draw(main_gradient, mode, float64):
     """With shared draws g - h is alpha H g, some 1e-7 of g at this alpha; else as large as g."""
     rules = [SubBatchPerturbation(1e-7, beta, 1, main_gradient) for beta in (0.0, 1.0)]
     if main_gradient == "full_batch":
-        rules.append(None)  # whose step draws once, as must that of a rule
+        rules.append(None)  # plain Keras draws once a step, and so must a rule
     weights, drawn = [], []
     for regularizer in rules:
         keras.utils.set_random_seed(0)

@@ -47,9 +47,10 @@ def trained(model, x=X, y=Y, loss="mse", fit=None, **kwargs):
 
 @each_step
 def test_gradients_of_weights_that_broadcast(arguments):
-    """The rows of the data are as many as those of no weight, which has one row.
+    """The kernel has a single row.
 
-    Where the number of examples is not known while tracing, TensorFlow loses the one.
+    Where TensorFlow does not know the number of examples while tracing, it loses that axis of the
+    gradient.
     """
     x = np.random.default_rng(2).normal(size=(13, 4, 1)).astype("float32")
     inputs = keras.Input((4, 1))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @pytest.mark.slow
 def test_state_advances_once_per_step():
-    """Batch-norm statistics, seeds, metrics of layers and of the model."""
+    """The state is: batch-norm statistics, seeds, metrics of layers and of the model."""
     check_training(normalized, fitting(), compiling(metrics=["mae"]))
 
 
