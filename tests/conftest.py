@@ -56,5 +56,5 @@ def rng():
 def mirrored():
     """Return the one strategy: a second one in the same process fails in TensorFlow."""
     if BACKEND != "tensorflow":
-        pytest.skip("tf.distribute is TensorFlow's")
+        pytest.skip("`tf.distribute` is a part of TensorFlow.")
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

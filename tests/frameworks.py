@@ -1,4 +1,4 @@
-"""What the tests need of the framework that they run on, written apart from the package."""
+"""Functions of TensorFlow, JAX and torch for the tests, written independently of the package."""
 
 import contextlib
 import random
@@ -11,13 +11,13 @@ BACKEND = keras.backend.backend()
 
 
 def only_on(*backends, reason):
-    """Mark a test of something that other backends cannot do."""
+    """Skip a test on other backends; the reason is a full sentence."""
     return pytest.mark.skipif(BACKEND not in backends, reason=reason)
 
 
 @contextlib.contextmanager
 def float64_everywhere():
-    """Let Keras compute in float64, which off TensorFlow it turns into float32 here and there."""
+    """Let Keras compute in float64, which on JAX and torch it partly turns into float32."""
     from keras.src.backend.common import dtypes
 
     before = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
@@ -53,7 +53,7 @@ def numpy(value):
 
 
 def gradients(function, variables):
-    """Evaluate a function that reads variables, with its effects on any; eagerly.
+    """Evaluate a function of variables eagerly, and differentiate it; what it assigns is kept.
 
     Args:
         function: Function `() -> (value, auxiliary)`; the value may have any shape.
@@ -136,7 +136,7 @@ def _jax(function, variables):
     scopes = []
 
     def pure(values):
-        # All that the function assigns is kept by the scope, in Python objects of its variables.
+        # The scope keeps all values that the function assigns.
         with keras.StatelessScope(zip(variables, values), collect_losses=True) as scope:
             assigned = _noting_assignments(scope)
             value, auxiliary = function()
@@ -172,7 +172,7 @@ _GRADIENTS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 
 def stateful_step(model, step, *args):
-    """Return what Keras's `train_step(*args)` returns of an eager `step(data)` that assigns."""
+    """Return what `train_step(*args)` must return, by an eager `step(data)` that assigns."""
     if BACKEND == "torch":
         import torch
 
@@ -219,7 +219,7 @@ def global_random_number():
 
 
 def generator_states():
-    """Return what unseeded layers draw from: the global generators of Python, and of torch."""
+    """Return the states of the global generators that unseeded layers draw from."""
     states = [random.getstate()]
     if BACKEND == "torch":
         import torch

@@ -121,7 +121,7 @@ def test_ignored_class_is_allowed_and_no_other(rng, ignored):
             measure(x, np.array([-2, 1, 2, 3, 0, 0]))
 
 
-@only_on("jax", reason="plain Keras refuses them elsewhere")
+@only_on("jax", reason="On TensorFlow and torch, plain Keras refuses such labels.")
 def test_examples_of_no_weight_may_have_any_label(rng):
     model, y = functional(base=RegularizedModel), np.array([0, 1, 2, 3, 3, -1])
     model.fit(inputs_of(rng), y, sample_weight=(y >= 0).astype("float32"), verbose=0)

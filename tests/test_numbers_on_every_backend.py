@@ -20,7 +20,7 @@ def numbers(tmp_path_factory):
 
     def run(backend):
         if importlib.util.find_spec(backend) is None:
-            pytest.skip(f"{backend} is not installed")
+            pytest.skip(f"{backend} is not installed.")
         if backend not in runs:
             path = tmp_path_factory.mktemp(backend) / "numbers.npz"
             environment = {**os.environ, "KERAS_BACKEND": backend}

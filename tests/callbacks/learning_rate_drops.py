@@ -14,6 +14,9 @@ Y = np.random.default_rng(2).normal(size=(8, 1)).astype("float32")
 STEPS = 2  # an epoch
 RATES = []  # the learning rate that the optimizer used in each step
 ACTIVE = []  # the steps in which the regulariser acted
+
+# The warning of a run in which the gate has stayed closed.
+NEVER = r"never started: .* below `ratio` times its peak\. Received: ratio=0\.75, start_epoch=None"
 register = keras.saving.register_keras_serializable("tests")
 
 
@@ -38,7 +41,7 @@ def note_rate(rate):
 
 @register
 class Spy(Regularizer):
-    """Notes when it is asked, and asks for nothing."""
+    """A regulariser that changes nothing and records the steps in which it acts."""
 
     def __init__(self, strength=1.0):
         super().__init__(strength)
@@ -77,7 +80,7 @@ def wrapped():
 
 
 def compiled(rate, make=functional, optimizer=None, regularizer="spy", **kwargs):
-    """Compile, eagerly so that `RATES` and `ACTIVE` are filled at each step."""
+    """Compile a model to run eagerly, so that each step adds to `RATES` and `ACTIVE`."""
     model = make()
     optimizer = optimizer or RecordingSGD(rate)
     regularizer = Spy() if regularizer == "spy" else regularizer

@@ -74,9 +74,9 @@ def test_by_default_the_usual_steps_open_it_at_once(factor):
     ids=["cosine", "linear", "steps of 0.9"],
 )
 def test_by_default_smooth_decays_open_it_in_mid_training(rate, share):
-    """At the first step after that share of the course, the step of that share itself included.
+    """The gate opens where the rate reaches 0.75 of its peak, after that share of all steps.
 
-    There the rate is the limit itself, and rounding decides.
+    At that very step the rate equals the limit and rounding decides: the next step may be the one.
     """
     model = functional()
     model.compile(keras.optimizers.SGD(rate), "mse", regularizer=Spy())
@@ -123,7 +123,7 @@ class Note(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("make", [functional, wrapped])
 def test_opens_a_compiled_step(make):
-    """The weights are those of plain Keras up to the drop, and others from there on."""
+    """The weights equal plain Keras's up to the drop, and differ from there on."""
     weights = []
     for regularizer in (None, SubBatchPerturbation(0.1, 5.0, num_sub_batches=2)):
         keras.utils.set_random_seed(0)
@@ -140,10 +140,10 @@ def test_opens_a_compiled_step(make):
     assert np.isnan(history["infomcr_reg"][0]) and history["infomcr_reg"][1] > 0
 
 
-@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch")
+@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch.")
 @pytest.mark.parametrize(("boundary", "batch"), [(5, 7), (4, 7), (3, 5)])
 def test_steps_per_execution(boundary, batch):
-    """The drop is seen at the next execution of two steps."""
+    """Two steps are executed together, so that the drop is seen before the next two."""
     rate = schedules.PiecewiseConstantDecay([boundary], [0.1, 0.01])
     model = functional()
     model.compile(keras.optimizers.SGD(rate), "mse", steps_per_execution=2, regularizer=Spy())

@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 from keras.optimizers import schedules
 from learning_rate_drops import (
+    NEVER,
     STEPS,
     Spy,
     X,
@@ -46,9 +47,6 @@ def test_quiet_by_default(capsys):
     assert capsys.readouterr().out == ""
 
 
-NEVER = r"never started: .* below `ratio` times its peak\. Received: ratio=0\.75, start_epoch=None"
-
-
 @pytest.mark.parametrize("rates", [[0.1, 0.1], [0.01, 0.1]])
 def test_warns_at_the_end_if_it_never_opened(rates):
     model = compiled(0.1)
@@ -65,9 +63,9 @@ ALWAYS = r"will never start in this `fit`: the learning rate is constant, .* Rec
 def at_constant_rate(
     callbacks, optimizer=lambda: keras.optimizers.SGD(0.1), make=functional, **settings
 ):
-    """Train two epochs in which the gate never opens; return the model."""
+    """Return a model at a constant rate, and a function that trains it for two epochs."""
     model = make()
-    model.compile(optimizer(), "mse", regularizer=Spy())
+    model.compile(optimizer(), "mse", run_eagerly=True, regularizer=Spy())
     return model, lambda: fit(model, [*callbacks, StartRegAfterLRDrop(**settings)], epochs=2)
 
 
@@ -96,7 +94,7 @@ def of_keras(path):
     ids=["alone", "beside others", "start_epoch after the end", "LossScaleOptimizer", "wrapped"],
 )
 def test_says_at_the_beginning_that_nothing_will_open_it(callbacks, settings, tmp_path):
-    """Warnings are errors here: this one ends training before the first step."""
+    """The tests turn warnings into errors. This one ends the training before the first step."""
     model, train = at_constant_rate(callbacks(tmp_path), **settings)
     with pytest.raises(UserWarning, match=ALWAYS):
         train()
@@ -104,11 +102,11 @@ def test_says_at_the_beginning_that_nothing_will_open_it(callbacks, settings, tm
 
 
 class Idle(keras.callbacks.Callback):
-    """Could do anything."""
+    """A user's callback, of which nobody knows whether it lowers the rate."""
 
 
 class OwnStep(RegularizedModel):
-    """May set the rate in its step."""
+    """A model whose own step may lower the rate."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +120,7 @@ class OwnStep(RegularizedModel):
 
 
 class OwnSGD(keras.optimizers.SGD):
-    """May change its rate."""
+    """A user's optimizer, which may lower its own rate."""
 
 
 @pytest.mark.parametrize(

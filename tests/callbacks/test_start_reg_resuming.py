@@ -7,6 +7,7 @@ from keras.optimizers import schedules
 from learning_rate_drops import (
     ACTIVE,
     MECHANISMS,
+    NEVER,
     RATES,
     STEPS,
     Net,
@@ -27,8 +28,6 @@ from learning_rate_drops import (
 from keras_infomcr import StartRegAfterLRDrop
 
 pytestmark = pytest.mark.usefixtures("nothing_recorded")
-
-NEVER = r"never started: .* below `ratio` times its peak\. Received: ratio=0\.75, start_epoch=None"
 
 
 class Interruption(Exception):
@@ -60,7 +59,7 @@ def prepared(mechanism, make=functional):
 
 
 def run(mechanism, directory, until=None, order=(0, 1, 2), make=functional, epochs=4):
-    """Begin or resume a run, as a new process would; perhaps end it in mid-air."""
+    """Begin or resume a run as a new process would; interrupt it before the epoch `until`."""
     model, callbacks = prepared(mechanism, make)
     callbacks += [keras.callbacks.BackupAndRestore(directory), StartRegAfterLRDrop()]
     callbacks = [callbacks[i] for i in order if i < len(callbacks)]
@@ -156,7 +155,7 @@ def test_resumes_the_file_of_a_plain_model(mechanism, tmp_path):
 
 
 def test_resumes_the_file_of_a_plain_model_with_gradient_accumulation(tmp_path):
-    """The schedule counts batches, `iterations` counts updates."""
+    """A schedule counts batches, while `iterations` counts updates of several batches each."""
     rate = schedules.PiecewiseConstantDecay([1, 3], [0.01, 0.1, 0.05])
     plain = plain_model()
     plain.compile(keras.optimizers.SGD(rate, gradient_accumulation_steps=2), "mse")
@@ -170,7 +169,7 @@ def test_resumes_the_file_of_a_plain_model_with_gradient_accumulation(tmp_path):
 
 
 def test_weights_of_another_run_are_no_resumption(tmp_path):
-    """Without the optimizer's state, the rates of the run that made the file do not count."""
+    """A file without the optimizer's state tells nothing of the rates of the run that wrote it."""
     model = compiled(None, optimizer=RecordingSGD(1.0, momentum=0.9))
     fit(model, [plateau(), StartRegAfterLRDrop()])
     model.save_weights(tmp_path / "model.weights.h5")

@@ -1,4 +1,4 @@
-"""What a step and the measures should give, by plain Keras in float64, eagerly and in place."""
+"""The results that a step and the measures should give, by eager plain Keras in float64."""
 
 import keras
 import numpy as np
@@ -87,7 +87,7 @@ class Reading:
         return value, main, extra
 
     def difference(self, batch, loss, g):
-        """Return the terms of one sub-batch; the state is that of the evaluation at w."""
+        """Return the terms of one sub-batch, whose evaluation at w has left its state."""
         g = flat(g)
         if not self.products:
             moved_loss, h = self.at(-self.alpha * g, batch)
@@ -119,7 +119,7 @@ class Reading:
         return loss, flat(gradient)
 
     def evaluate(self, batch, penalties=False):
-        """Return the loss and its gradients, arrays; what the layers assign they do."""
+        """Return the loss and the arrays of its gradients; the layers advance their states."""
         x, y, weights = keras.tree.map_structure(
             lambda a: None if a is None else keras.ops.copy(a), rows_of(batch, slice(None))
         )

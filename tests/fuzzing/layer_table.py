@@ -79,7 +79,7 @@ def _adaptive(name, rank):
 
 
 def _computed_in(rank):
-    """Return the dtype of a pooling layer, which TensorFlow has not in float64 for volumes."""
+    """Return the dtype of a pooling layer; TensorFlow cannot pool volumes in float64."""
     return "float32" if rank == VOLUME else None
 
 
@@ -112,7 +112,7 @@ def _pipeline():
 
 
 def in_float32(make, **kwargs):
-    """Return a layer of layers that cannot compute in float64 on TensorFlow."""
+    """Return a layer made of layers that cannot compute in float64 on TensorFlow."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
     layer = make(**kwargs)
@@ -237,7 +237,7 @@ LAYERS = {
     "ZeroPadding2D": _image(lambda d: layers.ZeroPadding2D(1)),
     "ZeroPadding3D": ((VOLUME,), lambda d: layers.ZeroPadding3D((1, 0, 0))),
 }  # fmt: skip
-# What takes pixels of three colours.
+# Layers that take pixels of three colours.
 OF_COLOURS = {name for name, (ranks, _) in LAYERS.items() if ranks == (IMAGE,)} - {
     "ConvLSTM1D", "Cropping2D", "SpatialDropout2D", "UpSampling2D", "ZeroPadding2D",
 }  # fmt: skip
@@ -370,14 +370,14 @@ CALLS = {
 }  # fmt: skip
 if BACKEND == "torch":
     CALLS["TorchModuleWrapper"] = (FLAT,), _torch_module
-# What plain Keras cannot train; the reasons are in `EXCLUDED`.
+# Layers that plain Keras cannot train; the reasons are in `EXCLUDED`.
 UNTRAINABLE = {
     "tensorflow": ("RandAugment",),
     "jax": ("IntegerLookup", "RandomCrop"),
     "torch": ("RandomBrightness", "RandomColorJitter", "RandomCrop"),
 }[BACKEND]
 
-# What Keras computes in float32, the whole or in part, whatever the policy.
+# Layers that Keras computes in float32, wholly or in part, whatever the policy is.
 IN_FLOAT32 = {
     "AdaptiveAveragePooling3D", "AdaptiveMaxPooling3D", "AugMix", "AveragePooling3D",
     "ContrastLimitedAdaptiveHistogramEqualization", "MaxPooling3D", "MelSpectrogram",

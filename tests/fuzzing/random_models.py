@@ -57,7 +57,7 @@ class Case:
 
     @classmethod
     def of(cls, seed, modes=("eager",) * 30 + ("graph",) * 7 + ("xla",)):
-        """Draw a case. In turn each layer is its first, and each loss its loss."""
+        """Draw a case. Successive seeds go through all layers, as the first one, and all losses."""
         draw = np.random.default_rng(seed)
         names = [NAMES[seed % len(NAMES)], *draw.choice(NAMES, draw.integers(0, 4))]
         losses = sorted(LOSSES)
@@ -115,7 +115,7 @@ class Case:
                 yield dataclasses.replace(self, rule=rest)
 
     def smallest(self, fails):
-        """Return the case as small as it still fails; `fails` is a function of a case."""
+        """Return the smallest case that still fails; `fails` is a function of a case."""
         for case in self.smaller():
             if fails(case):
                 return case.smallest(fails)
@@ -123,7 +123,7 @@ class Case:
 
     @property
     def rounding(self):
-        """Return what layers that compute in float32 make of differences of 1e-16."""
+        """Return by how much layers that compute in float32 enlarge differences of 1e-16."""
         coarse = self.loss in LOSSES_IN_FLOAT32 or any(name in IN_FLOAT32 for name, _ in self.steps)
         return 1e-5 if coarse else 0.0
 

@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def seeds(fast, slow):
-    """Return the seeds of a test: cheap ones always, all behind `slow`, or what the user asks."""
+    """Return the seeds of a test: few cheap ones, all others marked slow, or the user's choice."""
     if "FUZZ_MODELS" in os.environ:
         first = int(os.environ.get("FUZZ_FIRST", 0))
         return range(first, first + int(os.environ["FUZZ_MODELS"]))
@@ -48,7 +48,7 @@ def seeds(fast, slow):
 
 
 class TellsNothing(Exception):
-    """Why a case cannot be compared, mostly what plain Keras raises."""
+    """Says why a case cannot be compared: mostly because plain Keras raises an error."""
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def assert_finite(numbers):
 
 
 def assert_holds(check, case):
-    """Assert what `check(case)` asserts, or name the smallest case of which it does not hold."""
+    """Run `check(case)`; if it fails, raise an error that names the smallest case that fails."""
     try:
         check(case)
     except TellsNothing as error:
@@ -162,7 +162,7 @@ def step(model, case, k):
 
 
 def read(case, ours):
-    """Read the steps slowly, with the sub-batches chosen that come nearest if not all are."""
+    """Read the steps slowly. If a subset is perturbed, try all and keep the nearest result."""
     rule = dict(case.rule)
     num_perturbed = rule.pop("num_perturbed", None)
     if rule.get("main_gradient") == "auto":
@@ -186,7 +186,7 @@ def read(case, ours):
         distance, _, main, extra, end = min(tries, key=lambda found: found[0])
         reading.set_everything(end)
         effect, moved = (LEARNING_RATE * np.linalg.norm(g) for g in (BETA * extra, main))
-        # Some 1e-15 of each number is rounded, and of g_i - h_i some 1e-6 is left.
+        # Each number is rounded by 1e-15 of it, and g_i - h_i may be as small as 1e-6 of g_i.
         bound += 1e-9 * effect + 1e-12 * moved + 1e-14 * np.linalg.norm(weights_of(model))
         bound += LEARNING_RATE * BETA * 10 * reading.error
         bound += case.rounding * (effect + moved)
@@ -295,7 +295,7 @@ def check_gamma_hat(case):
 
 
 def of_example(model):
-    """Compile a model with losses of which gamma-hat leaves nothing out."""
+    """Compile a model without label smoothing, which gamma-hat leaves out of a loss."""
 
     def alone(loss):
         config = loss.get_config()
@@ -309,7 +309,7 @@ def of_example(model):
 
 
 def measured(case):
-    """Return the model, compiled plainly; one in four runs in a graph, or as the case says."""
+    """Return the model, compiled plainly; three in four run eagerly."""
     case = dataclasses.replace(case, mode=case.mode if case.seed % 4 == 0 else "eager")
     model = case.build(keras.Model)
     model.compile(**case.compile_arguments(model))

@@ -64,7 +64,7 @@ def test_zero_row_gives_zero_and_zero_gradient():
 def test_tiny_and_huge_rows(size):
     """Squares of these under- or overflow in float32; the result is that of an ordinary row."""
     if BACKEND == "jax" and size == 1e38:
-        pytest.skip("XLA multiplies by the reciprocal, which it flushes to zero")
+        pytest.skip("XLA multiplies by the reciprocal, which it flushes to zero.")
     row = np.array([0.5, -1.0, 2.0], "float32")
     scaled = row * np.float32(size)
     np.testing.assert_allclose(LogitNormalization()(scaled[None])[0], normalised(row), rtol=1e-6)

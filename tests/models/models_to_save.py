@@ -113,7 +113,7 @@ def regularizer(beta=3.0):
 
 
 def compiled(model, optimizer=None, **kwargs):
-    """Compile, eagerly: for a few tiny steps faster than tracing."""
+    """Compile a model to run eagerly, which for a few tiny steps is faster than tracing them."""
     optimizer = optimizer or keras.optimizers.SGD(0.05, momentum=0.9)
     kwargs = {"regularizer": regularizer(), "run_eagerly": True, **kwargs}
     model.compile(optimizer, "mse", **kwargs)

@@ -1,6 +1,6 @@
 """Small nets and their data, and how the tests of `fit` compile and train them.
 
-There are six examples. In batches of five, the first batch has sub-batches of three and two
+There are six examples. In batches of five, the first batch has sub-batches of two and three
 examples, and the last batch is a single example.
 """
 
@@ -15,8 +15,12 @@ X = draw.normal(size=(SIZE, 4))
 Y = draw.normal(size=(SIZE, 2))
 LABELS = draw.integers(3, size=SIZE)
 WEIGHTS = draw.uniform(0.2, 3, size=SIZE)
-# How the step runs. Eagerly where a graph would show nothing more: tracing is what takes time here.
+# How the step runs. Tracing and compiling take most of the time of these small tests, so that a
+# test runs eagerly where a graph would show nothing more.
 EAGER, XLA = {"run_eagerly": True}, {"jit_compile": True}
+# The same for tests of single steps. Without a compiler JAX dispatches one operation after the
+# other, which takes longer than compiling them together.
+QUICKEST = {} if BACKEND == "jax" else EAGER
 with_main_gradient = pytest.mark.parametrize(
     ("main", "mode"), [("full_batch", EAGER), ("auto", {})], ids=["full_batch", "auto"]
 )
@@ -34,7 +38,7 @@ def compiling(optimizer=lambda: sgd(), **kwargs):
 
 
 def sgd(**kwargs):
-    # Numbers exact in float32, through which Keras takes them.
+    # Keras rounds the rate to float32, which is exact for a power of two.
     return keras.optimizers.SGD(1 / 8, **kwargs)
 
 
@@ -58,7 +62,7 @@ def two_heads(base):
 
 
 def normalized(base):
-    """Everything that has state: batch norm, dropout, noise and a metric of a layer's own."""
+    """Return a model with all that has a state: batch norm, dropout, noise, a layer's metric."""
     inputs = keras.Input((4,))
     x = keras.layers.Dense(6)(inputs)
     x = keras.layers.BatchNormalization(momentum=0.75)(x)

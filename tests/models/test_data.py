@@ -1,4 +1,4 @@
-"""Data of every kind that Keras takes train and measure as the same arrays do, to the bit."""
+"""All kinds of data that Keras takes give the same logs as arrays do, to the bit."""
 
 import keras
 import numpy as np

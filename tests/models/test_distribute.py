@@ -10,7 +10,7 @@ from keras_infomcr.callbacks import RegularizationSchedule
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 if BACKEND != "tensorflow":
-    pytest.skip("`tf.distribute` is TensorFlow's", allow_module_level=True)
+    pytest.skip("`tf.distribute` is a part of TensorFlow.", allow_module_level=True)
 
 import tensorflow as tf
 
@@ -58,6 +58,7 @@ def train(
     fit=None,
     momentum=0.5,
     num_examples=24,
+    eagerly=False,
     **kwargs,
 ):
     """Train for an epoch of batches of 8; return the model and its logs.
@@ -69,6 +70,8 @@ def train(
         fit: Other arguments of `fit`.
         momentum: Float, of the optimizer.
         num_examples: Integer, the length of the epoch.
+        eagerly: Boolean, whether the steps run without tracing, as they may on one device, where
+            it takes less time and the same numbers are computed, to rounding.
         **kwargs: Of `regularizer`, or the regulariser itself.
     """
     keras.utils.set_random_seed(0)
@@ -78,7 +81,7 @@ def train(
             kwargs = {"regularizer": regularizer(**kwargs)}
         # Numbers exact in float32, through which Keras takes them.
         optimizer = keras.optimizers.SGD(1 / 8, momentum=momentum)
-        model.compile(optimizer, "mse", weighted_metrics=["mae"], **kwargs)
+        model.compile(optimizer, "mse", weighted_metrics=["mae"], run_eagerly=eagerly, **kwargs)
     rows = slice(num_examples)
     fit = {"sample_weight": WEIGHTS[rows], "batch_size": 8, "shuffle": False} | (fit or {})
     return model, model.fit(X[rows], Y[rows], verbose=0, **fit).history
@@ -109,17 +112,18 @@ ONE_DEVICE = tf.distribute.get_strategy()
     ("main", "size", "made_inside"), [("full_batch", 8, True), ("auto", 4, False)]
 )
 def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_inside):
-    """M = 4; with batches of 4, each sub-batch is one example, and nothing may warn of that."""
+    """There are four sub-batches. In batches of four, each is one example, which must not warn."""
     kwargs, fit = {"main_gradient": main}, {"batch_size": size}
-    expected, expected_logs = train(ONE_DEVICE, fit=fit, **kwargs)
-    plain, _ = train(ONE_DEVICE, keras.Model, fit=fit)
+    expected, expected_logs = train(ONE_DEVICE, fit=fit, eagerly=True, **kwargs)
+    plain, _ = train(ONE_DEVICE, keras.Model, fit=fit, eagerly=True)
     if not made_inside:
         kwargs = {"regularizer": regularizer(**kwargs)}
     model, logs = train(mirrored, fit=fit, **kwargs)
     difference, contribution = (
         np.linalg.norm(flat(m.weights) - flat(expected.weights)) for m in (model, plain)
     )
-    # The contribution is some 1e-2 of the weights: sums in another order are 1e-13 of it.
+    # The contribution is some 1e-2 of the weights. Sums in another order change the weights by
+    # 1e-15 of them, which is 1e-13 of the contribution.
     assert difference <= 1e-11 * contribution
     np.testing.assert_array_equal(*replicas(model))
     assert list(logs) == list(expected_logs)
@@ -128,8 +132,8 @@ def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_in
 
 def test_update_equals_that_of_one_device_in_float32(mirrored):
     model, _ = train(mirrored, num_sub_batches=2)
-    expected, _ = train(ONE_DEVICE, num_sub_batches=2)
-    # Rounding is 6e-8 of a weight; three steps, with momentum, and their sums make a dozen of it.
+    expected, _ = train(ONE_DEVICE, num_sub_batches=2, eagerly=True)
+    # Float32 rounds a weight by 6e-8 of it. Three steps with momentum round a dozen times.
     difference = flat(model.weights) - flat(expected.weights)
     assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(flat(expected.weights))
     np.testing.assert_array_equal(*replicas(model))
@@ -145,30 +149,30 @@ def test_update_equals_that_of_one_device_in_float32(mirrored):
     ids=str,
 )
 def test_synchronized_batch_normalization_equals_that_of_one_device(mirrored, float64, kwargs):
-    """The batch is normalised over all replicas, a sub-batch by itself, as on one device."""
+    """As on one device, the whole batch is normalised together and each sub-batch by itself."""
     model, logs = train(mirrored, outputs=synchronized, **kwargs)
-    expected, expected_logs = train(ONE_DEVICE, outputs=synchronized, **kwargs)
-    plain, _ = train(ONE_DEVICE, keras.Model, outputs=synchronized)
+    expected, expected_logs = train(ONE_DEVICE, outputs=synchronized, eagerly=True, **kwargs)
+    plain, _ = train(ONE_DEVICE, keras.Model, outputs=synchronized, eagerly=True)
     difference, contribution = (
         np.linalg.norm(flat(m.weights) - flat(expected.weights)) for m in (model, plain)
     )
-    # As above; the variance as a difference of means of squares takes some digits of it.
+    # As above, but Keras computes the variance as a difference of means, which costs a digit.
     assert difference <= 1e-10 * contribution
     np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-10)
 
 
 @pytest.mark.slow
 def test_slices_of_uneven_sizes_are_those_of_one_device(mirrored, float64):
-    """A last batch of 6 gives slices of 1, 2, 1 and 2 examples."""
+    """Six examples are cut into slices of 1, 2, 1 and 2 examples."""
     fit = {"batch_size": 6}
     model, _ = train(mirrored, fit=fit)
-    expected, _ = train(ONE_DEVICE, fit=fit)
+    expected, _ = train(ONE_DEVICE, fit=fit, eagerly=True)
     assert_same(model, expected)
 
 
 @pytest.mark.slow
 def test_uneven_batch_differs_from_one_device_as_in_keras(mirrored, float64):
-    """Of the last 7 one replica takes 4, whose mean counts as much as that of the other 3.
+    """One replica takes 4 of the last 7 examples; Keras weights both replicas equally.
 
     The regulariser gives a tenth of the update.
     """
@@ -182,7 +186,7 @@ def test_uneven_batch_differs_from_one_device_as_in_keras(mirrored, float64):
 
 @pytest.mark.slow
 def test_replica_left_without_examples_adds_nothing(mirrored, float64):
-    """The last batch is one example; the replica that has it counts half, as in Keras."""
+    """Only one replica has the one example of the last batch. As in Keras, it counts half."""
     model, logs = train(mirrored, num_examples=17, momentum=0.0)
     before, _ = train(mirrored, num_examples=16, momentum=0.0)
     expected, _ = train(ONE_DEVICE, num_examples=17, momentum=0.0)
@@ -194,7 +198,7 @@ def test_replica_left_without_examples_adds_nothing(mirrored, float64):
 
 @pytest.mark.slow
 def test_mean_over_drawn_sub_batches_is_that_of_all(mirrored, float64):
-    """At a rate of 0 the weights stay, and each epoch, of one step, logs the value of one draw.
+    """At a learning rate of 0 the weights stay; an epoch is one step and logs one draw.
 
     Layers that synchronise replicas may be in what is drawn.
     """
@@ -212,9 +216,11 @@ def test_mean_over_drawn_sub_batches_is_that_of_all(mirrored, float64):
 
 @pytest.mark.parametrize(("asked", "made"), [(1, 2), pytest.param(5, 4, marks=pytest.mark.slow)])
 def test_each_replica_takes_as_many_sub_batches(mirrored, float64, asked, made):
-    with pytest.warns(UserWarning, match=f"`num_sub_batches={asked}` is not divisible by 2 .* {made} in total"):
+    with pytest.warns(
+        UserWarning, match=f"`num_sub_batches={asked}` is not divisible by 2 .* {made} in total"
+    ):
         model, _ = train(mirrored, num_sub_batches=asked)
-    expected, _ = train(ONE_DEVICE, num_sub_batches=made)
+    expected, _ = train(ONE_DEVICE, num_sub_batches=made, eagerly=True)
     assert_same(model, expected)
 
 
@@ -234,7 +240,7 @@ def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
         model = RegularizedModel(*network("linear"))
         model.compile(keras.optimizers.SGD(1 / 8, momentum=0.5), "mse", regularizer=regularizer())
     model.regularizer_active = act
-    # Not by `train_on_batch`, which hands each replica the whole batch.
+    # `train_on_batch` would not do: it hands each replica the whole batch.
     fit = {"batch_size": 8, "shuffle": False, "verbose": 0}
     x = X[:8].copy()
     model.fit(x, Y[:8], **fit)
@@ -250,7 +256,7 @@ def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
 
 @pytest.mark.slow
 def test_zero_beta_equals_plain_keras_to_the_bit(mirrored):
-    """With batch norm and dropout: all statistics and seeds."""
+    """Batch normalisation and dropout are among the layers: their state must agree as well."""
     model, logs = train(mirrored, outputs=normalized, beta=0.0, num_sub_batches=2)
     plain, plain_logs = train(mirrored, keras.Model, outputs=normalized)
     assert np.isfinite(logs.pop("infomcr_reg")[0])
@@ -300,7 +306,7 @@ def test_half_precision_contributes_what_float32_does(mirrored, half):
             updated.append(flat(model.weights))
         contributions.append(updated[1] - updated[0])
     expected, got = contributions
-    # Differences of weights of 1, rounded to 1e-7, that are some hundredths of them.
+    # Float32 rounds weights of order one to 1e-7, and the contribution is some hundredths of them.
     assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
 
 
@@ -312,7 +318,7 @@ class DropRate(keras.callbacks.Callback):
 
 
 class Stop(keras.callbacks.Callback):
-    """Break off where a machine might."""
+    """Interrupt the training in mid-epoch."""
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.model.optimizer.iterations.numpy() == 7:
@@ -322,7 +328,7 @@ class Stop(keras.callbacks.Callback):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_interrupted_run_resumes_to_the_same_trajectory(mirrored, float64, tmp_path):
-    """In the third epoch, after the drop of the learning rate that opens the gate."""
+    """The interruption comes in the third epoch, after the gate has opened at a lower rate."""
 
     def callbacks(*more):
         return [
@@ -359,7 +365,7 @@ def test_strategy_of_one_device_is_no_strategy(float64):
 
 @pytest.mark.slow
 def test_first_pass_of_one_slice_a_replica_is_the_training_pass(mirrored, float64):
-    """With as many sub-batches as replicas, each of which normalises its share by itself anyway."""
+    """There are as many sub-batches as replicas, and each replica normalises its own share."""
     options = {"outputs": normalized_by_replica, "num_sub_batches": 2}
     model, logs = train(mirrored, main_gradient="sub_batches", **options)
     expected, expected_logs = train(mirrored, main_gradient="full_batch", **options)

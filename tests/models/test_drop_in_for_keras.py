@@ -55,7 +55,11 @@ def test_closed_gate_is_plain_keras_to_the_bit():
     assert_same(variables(ours), variables(plain))
 
 
-@only_on("tensorflow", "torch", reason="Keras trains without a loss on JAX, towards nothing")
+@only_on(
+    "tensorflow",
+    "torch",
+    reason="On JAX, Keras trains a model without a loss instead of refusing it.",
+)
 def test_model_without_a_loss():
     for main in ("full_batch", "auto"):
         model = two_layers(RegularizedModel)

@@ -116,7 +116,7 @@ def test_wrapped_model_keeps_the_dtype_of_inputs(float64):
     assert_array_equal(original(x), outputs)
 
 
-@only_on("tensorflow", "torch", reason="Keras cannot update metrics in `call` on JAX")
+@only_on("tensorflow", "torch", reason="On JAX, Keras cannot update metrics in `call`.")
 def test_wrapped_model_keeps_its_own_metrics():
     class Measured(make_subclass(keras.Model)):
         def __init__(self):
@@ -141,7 +141,7 @@ def test_wrapped_model_keeps_its_own_metrics():
 
 
 class Noisy(keras.Model):
-    """A net whose layers differ between training and inference, with or without saying so."""
+    """A net whose layers act differently in training, although its `call` has no `training`."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ def test_from_model_of_a_model_whose_instance_has_a_step_of_its_own(make):
 
 @pytest.mark.parametrize("kind", ["Functional", "subclass", "functional subclass"])
 def test_from_model_of_a_model_that_has_been_used(kind):
-    """What Keras sets on a model in use is nothing that a user overrides."""
+    """Keras sets attributes on a model in use, which must not count as overridden by its user."""
     original = ORIGINALS[kind]()
     original.compile("sgd", "mse", metrics=["mae"])
     original.fit(X, Y, validation_data=(X, Y), verbose=0)
@@ -257,7 +257,7 @@ def test_from_model_of_a_task_of_keras_hub_says_what_to_do():
     before = task.get_weights()
     model.fit(x, y, verbose=0)
     assert not np.array_equal(before[0], task.get_weights()[0])
-    # The same program on the same numbers; frameworks may add in another order.
+    # Both run the same operations on the same numbers; sums may be taken in another order.
     np.testing.assert_allclose(
         task.predict(X, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
     )

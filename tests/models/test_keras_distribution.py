@@ -11,7 +11,7 @@ from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDro
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 if BACKEND != "jax":
-    pytest.skip("`keras.distribution` is JAX's", allow_module_level=True)
+    pytest.skip("`keras.distribution` works on JAX alone.", allow_module_level=True)
 
 import jax
 
@@ -112,13 +112,13 @@ def test_update_equals_that_of_one_device(distribution, float64, outputs, kwargs
 def test_update_equals_that_of_one_device_in_float32(distribution):
     expected, _ = train()
     model, _ = train(distribution)
-    # Rounding is 6e-8 of a weight; three steps, with momentum, and their sums make a dozen of it.
+    # Float32 rounds a weight by 6e-8 of it. Three steps with momentum round a dozen times.
     assert np.linalg.norm(flat(model) - flat(expected)) <= 1e-6 * np.linalg.norm(flat(expected))
 
 
 @pytest.mark.parametrize("distribution", [data_parallel], indirect=True)
 def test_slices_of_uneven_sizes_are_those_of_one_device(distribution, float64):
-    """Batches of 12 give slices of 1 and 2 examples."""
+    """Batches of 12 are cut into slices of 1 and 2 examples."""
     expected, _ = train(batch_size=12)
     model, _ = train(distribution, batch_size=12)
     assert_same(model, expected)
@@ -143,7 +143,7 @@ def test_each_replica_takes_as_many_sub_batches(distribution, float64):
 
 
 def test_mean_over_drawn_sub_batches_is_that_of_all(float64):
-    """At a rate of 0 the weights stay, and each epoch, of one step, logs the value of one draw."""
+    """At a learning rate of 0 the weights stay; an epoch is one step and logs one draw."""
 
     def values(**kwargs):
         model = compiled(data_parallel, **kwargs)
@@ -207,7 +207,7 @@ def collectives(text):
 
 @pytest.mark.parametrize("outputs", [network, normalized])
 def test_step_communicates_as_often_as_a_plain_one(outputs):
-    """No slice is cut anew, no weight gathered; one more number, the value, is summed."""
+    """The regulariser sums one more number over the devices, its value, and moves no data."""
     try:
         plain = program(compiled(data_parallel, keras.Model, outputs))
         model = compiled(data_parallel, outputs=outputs)
@@ -217,7 +217,7 @@ def test_step_communicates_as_often_as_a_plain_one(outputs):
     kinds, sizes = collectives(text)
     plain_kinds, plain_sizes = collectives(plain)
     assert kinds == plain_kinds and set(kinds) == {"all-reduce"}
-    # XLA for CPUs does not add up the gradients of the full batch and of the regulariser first.
+    # XLA for CPUs sums the gradients of the full batch and of the regulariser separately.
     gradients = 0 if outputs is network else model.count_params()
     assert sum(sizes) <= sum(plain_sizes) + gradients + 1
 

@@ -158,7 +158,7 @@ def test_regularized_models_nested_as_layers():
     check_training(build, fitting(), compiling(**EAGER))
 
 
-@only_on("tensorflow", "jax", reason="Keras has no sparse tensors on torch")
+@only_on("tensorflow", "jax", reason="Keras has no sparse tensors on torch.")
 def test_sparse_inputs():
     tf = pytest.importorskip("tensorflow")
 
@@ -183,7 +183,7 @@ class MeanOverWords(keras.layers.Layer):
 
 
 @pytest.mark.slow
-@only_on("tensorflow", reason="Keras has ragged tensors on TensorFlow alone")
+@only_on("tensorflow", reason="Keras has ragged tensors on TensorFlow alone.")
 def test_ragged_inputs(rng):
     import tensorflow as tf
 
@@ -209,7 +209,7 @@ WORDS = np.random.default_rng(1).integers(6, size=(SIZE, 4))
 
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, sgd, keras.optimizers.RMSprop])
 def test_embedding_with_zero_beta_equals_plain_keras(optimizer):
-    # Keras's optimizers depend on how rows repeat in a sparse gradient: they must repeat as before.
+    # Keras's optimizers depend on how often a row occurs in a sparse gradient, which must stay.
     check_training(
         embedding, fitting(WORDS), compiling(**EAGER, optimizer=optimizer), literal=False
     )
@@ -219,7 +219,7 @@ def test_embedding():
     check_training(embedding, fitting(WORDS), compiling(**EAGER))
 
 
-@only_on("tensorflow", reason="gradients are sparse on TensorFlow alone")
+@only_on("tensorflow", reason="Gradients are sparse on TensorFlow alone.")
 def test_sparse_gradients_stay_sparse():
     import tensorflow as tf
 

@@ -17,7 +17,7 @@ X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(16, 1)).astype("float32")
 DID_NOT_ACT = "The regulariser did not act"
 
-on_jax = only_on("jax", reason="elsewhere a step takes no state")
+on_jax = only_on("jax", reason="Only on JAX does a train step take and return the state.")
 unregularized = pytest.mark.filterwarnings(f"ignore:{DID_NOT_ACT}")
 
 
@@ -39,7 +39,7 @@ def trained(base, regularizer=None, fit=None, **kwargs):
 
 
 def assert_trains_as_in_keras(step, **kwargs):
-    """Compare classes that differ in their base alone: one program, so to the bit."""
+    """Compare classes that differ only in their base, and run one program: to the bit."""
     ours, logs = trained(step(RegularizedModel), SubBatchPerturbation(), **kwargs)
     plain, expected = trained(step(keras.Model), **kwargs)
     assert logs == expected
@@ -49,7 +49,7 @@ def assert_trains_as_in_keras(step, **kwargs):
 
 
 def gradient_step(base):
-    """A stateless step that updates what it finds among `metrics`, and returns no more."""
+    """Return a class whose stateless step updates the metrics in `metrics` alone."""
     import jax
 
     class Net(base):
@@ -88,7 +88,7 @@ def gradient_step(base):
 
 
 def step_with_metrics_of_its_own(base):
-    """A stateless step that takes all but the first metric's variables for its second metric's."""
+    """Return a class whose step assumes that `metrics` are the two that its author made."""
 
     class Net(gradient_step(base)):
         def __init__(self, *args, **kwargs):

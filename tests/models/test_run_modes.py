@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.slow
-@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch")
+@only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch.")
 def test_steps_per_execution():
     check_training(two_layers, fitting(), compiling(steps_per_execution=2), "auto")
 

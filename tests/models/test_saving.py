@@ -186,7 +186,7 @@ def test_several_inputs_and_outputs_come_back(tmp_path):
 
 
 def test_saved_names_stay_the_same(tmp_path):
-    """Files of today must load tomorrow."""
+    """A file that was saved today must load with later versions: its names must not change."""
     names = {
         "functional": "keras_infomcr>RegularizedFunctional",
         "from subclass": "keras_infomcr>WrappedModel",
@@ -269,7 +269,7 @@ def test_model_checkpoint(way, weights_only, tmp_path):
     assert np.isfinite(checkpoint.best)
 
 
-@only_on("tensorflow", reason="needs TensorFlow")
+@only_on("tensorflow", reason="The test loads the export with TensorFlow.")
 @pytest.mark.parametrize("way", ["functional", "from subclass"])
 def test_export(way, tmp_path):
     import tensorflow as tf
@@ -288,7 +288,7 @@ def test_whole_model_in_the_old_h5_form(tmp_path):
     inputs = keras.Input((4,))
     outputs = LogitNormalization()(layers.Dense(2)(inputs))
     model = RegularizedModel(inputs, outputs)
-    model.compile("adam", keras.losses.MeanSquaredError())
+    model.compile("adam", keras.losses.MeanSquaredError(), run_eagerly=True)
     model.fit(X, Y, verbose=0)
     path = tmp_path / "model.h5"
     model.save(path)
@@ -296,7 +296,8 @@ def test_whole_model_in_the_old_h5_form(tmp_path):
     assert type(loaded) is type(model)
     assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
     for each in (loaded, model):
-        each.compile(keras.optimizers.SGD(0.1), "mse", regularizer=SubBatchPerturbation())
+        optimizer = keras.optimizers.SGD(0.1)
+        each.compile(optimizer, "mse", run_eagerly=True, regularizer=SubBatchPerturbation())
     logs, expected = (e.fit(X, Y, shuffle=False, verbose=0).history for e in (loaded, model))
     assert logs == expected
     assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])

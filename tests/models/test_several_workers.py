@@ -15,7 +15,7 @@ from frameworks import BACKEND
 pytestmark = pytest.mark.slow  # each process starts TensorFlow or JAX anew
 
 if BACKEND == "torch":
-    pytest.skip("Keras on torch trains in one process", allow_module_level=True)
+    pytest.skip("On torch, Keras trains in one process.", allow_module_level=True)
 
 
 def addresses():
@@ -30,7 +30,7 @@ def addresses():
 
 
 def start(folder, killed_at=None, **options):
-    """Start both workers, the second to die at a step; return their processes."""
+    """Start both workers and return their processes; the second may kill itself at a step."""
     cluster = addresses()
     processes = []
     for index in range(2):
@@ -50,12 +50,12 @@ def start(folder, killed_at=None, **options):
 
 
 def logs(folder):
-    """Return how the logs of both end."""
+    """Return the last lines that both workers printed."""
     return "\n\n".join((folder / f"{index}.log").read_text()[-3000:] for index in range(2))
 
 
 def run(folder, **options):
-    """Let both workers train; return what each found."""
+    """Let both workers train; return the results of each."""
     processes = start(folder, **options)
     try:
         for process in processes:
@@ -72,7 +72,8 @@ def assert_equal_to_one_device(results, folder, **options):
     for name, values in results[0].items():
         np.testing.assert_array_equal(values, results[1][name], err_msg=name)
         wanted = expected[name][-len(values) :]
-        # Sums in another order are 1e-15 of each; twelve steps and ln|G| multiply that.
+        # Sums in another order change each number by 1e-15 of it. Twelve steps and the
+        # determinant in gamma-hat multiply that.
         np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
@@ -84,7 +85,7 @@ def folders(tmp_path):
 
 
 def test_two_workers_train_as_one_device(folders, float64):
-    """All logs, gamma-hat too; the files are the chief's."""
+    """All logs agree, gamma-hat among them. Only the chief worker writes files."""
     one, two = folders
     results = run(two, synchronized=True)
     assert np.isnan(results[0]["infomcr_reg"][0]) and results[0]["infomcr_reg"][-1] > 0
@@ -94,7 +95,7 @@ def test_two_workers_train_as_one_device(folders, float64):
 
 
 def test_killed_worker_resumes_to_the_same_trajectory(folders, float64):
-    """Killed in the third epoch, after the drop that opens the gate; the other cannot go on."""
+    """One worker is killed in the third epoch, with the gate open; the other cannot go on."""
     one, two = folders
     first, second = start(two, killed_at=8)
     try:

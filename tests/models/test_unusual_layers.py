@@ -1,7 +1,7 @@
 """Layers that assign weights, draw, compute again or are quantised, in the regularised step.
 
-The nets of `check` are compared with `Literal` of `test_fit_features.py`, whose module tells where
-its tolerances come from.
+`check_training` compares with the literal reading of Algorithm 1. Its module, `literal_reading.py`,
+says where the tolerances come from.
 """
 
 import random
@@ -33,7 +33,11 @@ def rematerialized_by_example(base):
         return base(inputs, keras.layers.Dense(2)(keras.layers.Dense(5, "tanh")(inputs)))
 
 
-@only_on("tensorflow", "torch", reason="Keras on JAX cannot call such batch normalisation")
+@only_on(
+    "tensorflow",
+    "torch",
+    reason="On JAX, Keras cannot call batch normalisation that is computed again.",
+)
 @pytest.mark.usefixtures("float64")
 def test_layers_that_are_computed_again_in_the_backward_pass():
     # Compiled by TensorFlow, Keras cannot train them.
@@ -60,7 +64,7 @@ class ComputedAgain(keras.layers.Layer):
         return self.again(inputs)
 
 
-@only_on("tensorflow", reason="elsewhere such functions see the weights of an evaluation")
+@only_on("tensorflow", reason="On JAX and torch, such functions see the weights of the evaluation.")
 def test_functions_that_hide_weights_are_refused():
     inputs = keras.Input((4,))
     model = RegularizedModel(inputs, keras.layers.Dense(2)(ComputedAgain()(inputs)))
@@ -93,7 +97,7 @@ class Experts(keras.layers.Layer):
         return self.first(inputs)
 
 
-@only_on("tensorflow", "torch", reason="JAX cannot choose by what the data hold")
+@only_on("tensorflow", "torch", reason="On JAX, Python cannot choose by the values of traced data.")
 @pytest.mark.usefixtures("float64")
 def test_layers_that_only_some_sub_batches_reach():
     x = np.concatenate([np.abs(X[:3]), -np.abs(X[:3])])  # the second sub-batch does without
@@ -105,7 +109,7 @@ def test_layers_that_only_some_sub_batches_reach():
     check_training(build, fitting(x, batch_size=6), compiling(**EAGER))
 
 
-@only_on("torch", reason="it is torch's")
+@only_on("torch", reason="`torch.utils.checkpoint` is a part of torch.")
 def test_checkpoints_that_were_imported_by_name(rng):
     from torch.utils.checkpoint import checkpoint
 
@@ -229,7 +233,7 @@ def test_a_pair_shares_what_python_and_numpy_draw(main_gradient, mode, float64):
     """With shared draws g - h is alpha H g, some 1e-7 of g at this alpha; else as large as g."""
     rules = [SubBatchPerturbation(1e-7, beta, 1, main_gradient) for beta in (0.0, 1.0)]
     if main_gradient == "full_batch":
-        rules.append(None)  # whose step draws once, as must that of a rule
+        rules.append(None)  # plain Keras draws once a step, and so must a rule
     weights, drawn = [], []
     for regularizer in rules:
         keras.utils.set_random_seed(0)
@@ -277,7 +281,7 @@ def noisy(way, **mode):
     return model
 
 
-@only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@only_on("tensorflow", reason="JAX has no hidden random state, and on torch a pair shares it.")
 @pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
 @pytest.mark.parametrize("way", ["direct", "branch", "function", "generator"])
 def test_layers_that_draw_by_tensorflow_are_refused(way, mode):
@@ -291,7 +295,7 @@ def test_layers_that_draw_by_tensorflow_are_refused(way, mode):
     model.fit(X, Y, verbose=0)
 
 
-@only_on("tensorflow", reason="JAX has no hidden random state, and torch's is the pair's")
+@only_on("tensorflow", reason="JAX has no hidden random state, and on torch a pair shares it.")
 @pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 @pytest.mark.parametrize(
     "measure",
@@ -345,7 +349,9 @@ def test_contribution_of_quantized_layers_is_that_of_float32(rng):
     x, y = rng.normal(size=(20, 4)).astype("float32"), rng.integers(3, size=20)
     values = []
     for policy in ("mixed_bfloat16", "float32"):
-        history = quantized(policy).fit(x, y, batch_size=20, verbose=0).history
+        model = quantized(policy)
+        model.run_eagerly = BACKEND != "jax"  # where dispatching takes longer than compiling
+        history = model.fit(x, y, batch_size=20, verbose=0).history
         values.append(history["infomcr_reg"][0])
     np.testing.assert_allclose(*values, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Weight files: they are those of plain Keras, and training goes on from them."""
+"""Weight files can be exchanged with plain Keras, and training goes on from them."""
 
 import keras
 import pytest

@@ -47,9 +47,10 @@ def trained(model, x=X, y=Y, loss="mse", fit=None, **kwargs):
 
 @each_step
 def test_gradients_of_weights_that_broadcast(arguments):
-    """The rows of the data are as many as those of no weight, which has one row.
+    """The kernel has a single row.
 
-    Where the number of examples is not known while tracing, TensorFlow loses the one.
+    Where TensorFlow does not know the number of examples while tracing, it loses that axis of the
+    gradient.
     """
     x = np.random.default_rng(2).normal(size=(13, 4, 1)).astype("float32")
     inputs = keras.Input((4, 1))
@@ -154,7 +155,7 @@ def test_an_empty_batch_is_what_it_is_in_keras(arguments, eager):
     assert_array_equal(found[1][0], expected[1][0])
 
 
-@only_on("tensorflow", reason="elsewhere Keras's own step fails on an empty batch")
+@only_on("tensorflow", reason="On JAX and torch, Keras's own step fails on an empty batch.")
 @each_step
 def test_an_empty_batch_of_unknown_size_changes_nothing(arguments):
     model = dense(RegularizedModel)

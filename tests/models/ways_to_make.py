@@ -163,7 +163,7 @@ def weights_like(model):
 
 
 def compile_small(model, loss="mse", regularizer="set", **kwargs):
-    """Compile for two sub-batches, eagerly: for a few tiny steps faster than tracing."""
+    """Compile for two sub-batches; a few tiny steps run faster eagerly than they are traced."""
     if regularizer == "set":
         regularizer = SubBatchPerturbation(
             alpha=0.1, num_sub_batches=2, main_gradient="full_batch", **kwargs

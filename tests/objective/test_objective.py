@@ -52,14 +52,14 @@ def functional(base):
     ids=["keras.Model", "RegularizedModel", "nested", "subclassed", "wrapped"],
 )
 def test_weight_penalties_are_no_part_of_the_objective(rng, build):
-    """L2(100) would add some 100 to a mean squared error of order one."""
+    """With L2(100), weight penalties would add some 100 to a mean squared error of order one."""
     model = build()
     x, y = rng.normal(size=(6, 4)).astype("float32"), rng.normal(size=(6, 3)).astype("float32")
     model.compile("sgd", "mse")
     predictions = model.predict(x, verbose=0)
     objective = Objective(model)
     loss, _ = objective(objective.weights(), objective.state(), Batch(array(x), array(y)))
-    # What the layer adds is a part of it. Rounding of float32, of a mean of 18 terms.
+    # The loss that the layer adds counts. Float32 rounds a mean of 18 terms.
     np.testing.assert_allclose(numpy(loss), np.mean((predictions - y) ** 2) + 0.25, rtol=1e-5)
     penalties = [float(numpy(v.regularizer(v))) for v in model.trainable_variables if v.regularizer]
     assert sum(penalties) > 10

@@ -15,7 +15,7 @@ def gelu_network():
 
 
 class GeluNetwork(RegularizedModel):
-    """Has weights of its own, which only the autocast of `__call__` brings to half precision."""
+    """A model whose own kernel gets its half precision only from the autocast of `__call__`."""
 
     def __init__(self):
         super().__init__()

@@ -45,7 +45,8 @@ def contributions(build, policy):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision_contributes_what_float32_does(build, policy):
     expected, expected_step = contributions(build, "float32")
-    # A weight of order one keeps 1e-7 of a contribution of some 1e-3: a thousandth of it.
+    # Float32 rounds weights of order one by 1e-7, which is less than a thousandth of a
+    # contribution of some 1e-3.
     assert np.linalg.norm(expected_step - expected) < 0.01 * np.linalg.norm(expected)
     for got in contributions(build, policy):
         norms = np.linalg.norm(got), np.linalg.norm(expected)

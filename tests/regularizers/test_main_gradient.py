@@ -144,7 +144,7 @@ def test_full_batch_gives_the_main_gradient_where_the_loss_is_no_mean_over_examp
 
 
 def test_unlabelled_examples_do_not_change_the_main_gradient(float64, rng):
-    """The step is plain Keras's where beta is 0, whatever sub-batches the labels fall in."""
+    """With beta = 0 the step is plain Keras's, however the labels fall into sub-batches."""
     x, y = rng.normal(size=(8, 5)), np.array([0, 1, -1, 2, -1, -1, -1, 1])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
     weights = []
@@ -155,7 +155,7 @@ def test_unlabelled_examples_do_not_change_the_main_gradient(float64, rng):
         model.compile(keras.optimizers.SGD(RATE), loss, **kwargs)
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         weights.append(flat(model.get_weights()))
-    # One step, compiled twice: rounding of float64.
+    # One step of two compiled programs, which may round differently in float64.
     np.testing.assert_allclose(*weights, rtol=0, atol=1e-14)
 
 
@@ -193,11 +193,11 @@ def test_sub_batches_on_request_average_the_statistics_of_sub_batches(float64, r
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
-def test_sub_batches_of_a_loss_that_is_no_mean_are_refused(reduction, data):
+def test_sub_batches_of_a_loss_that_is_no_mean_are_refused(reduction, rng):
     model = make(SoftmaxRegression, main_gradient="sub_batches")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     model.compile("sgd", loss, regularizer=model.regularizer)
     before = model.get_weights()
     with pytest.raises(ValueError, match='Use `main_gradient="full_batch"`'):
-        model.fit(*data[:2], verbose=0)
+        model.fit(rng.normal(size=(8, 5)), rng.integers(3, size=8), verbose=0)
     np.testing.assert_array_equal(flat(model.get_weights()), flat(before))

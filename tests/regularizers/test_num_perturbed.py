@@ -1,4 +1,4 @@
-"""A random subset of the sub-batches in place of all."""
+"""`num_perturbed`: a random subset of the sub-batches is perturbed, in place of all of them."""
 
 import itertools
 import warnings
@@ -73,13 +73,15 @@ def test_mean_over_all_subsets_is_the_whole(
 
         with_ranks = jax.jit(with_ranks)
     found = []
-    for ranks in itertools.permutations(range(M)):  # each subset equally often
+    for subset in itertools.combinations(range(M), num_perturbed):
+        rest = [i for i in range(M) if i not in subset]
+        ranks = np.argsort([*subset, *rest])  # lowest where a sub-batch is perturbed
         value, gradient, loss_gradient = with_ranks(array(ranks))
         found.append([float(numpy(value)), *flat(gradient)])
         if main_gradient == "sub_batches":
             np.testing.assert_allclose(flat(loss_gradient), flat(whole.main.gradients), atol=1e-14)
     expected = [float(numpy(whole.value)), *flat(whole.gradient)]
-    # Float64; the difference of gradients of order one is of order 0.1.
+    # The gradients are of order one and their differences of order 0.1, all in float64.
     np.testing.assert_allclose(np.mean(found, axis=0), expected, rtol=1e-12, atol=1e-14)
     assert np.std(found, axis=0)[0] > 0.01 * expected[0]
 
@@ -90,7 +92,8 @@ def test_every_subset_comes_up_and_follows_from_the_step():
     subsets = [frozenset(np.flatnonzero(r < 2)) for r in ranks]
     counts = [subsets.count(frozenset(pair)) for pair in itertools.combinations(range(M), 2)]
     assert sum(counts) == 300
-    # 300 draws of 6: 50 each, five standard deviations of a binomial count.
+    # Each of 6 subsets is expected 50 times in 300 draws, within five standard deviations of a
+    # binomial count.
     np.testing.assert_allclose(counts, 50, atol=5 * np.sqrt(300 / 6 * 5 / 6))
     again = SubBatchPerturbation(num_sub_batches=M, num_perturbed=2)
     np.testing.assert_array_equal(numpy(again._random_ranks(M, array(7, "int32"))), ranks[7])
@@ -114,7 +117,9 @@ MODES = [
     {"run_eagerly": True},
     pytest.param(
         {"jit_compile": True},
-        marks=only_on("tensorflow", "jax", reason="torch.compile takes half a minute a model"),
+        marks=only_on(
+            "tensorflow", "jax", reason="`torch.compile` takes half a minute for each model."
+        ),
     ),
 ]
 
@@ -123,7 +128,7 @@ MODES = [
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("main_gradient", MAIN_GRADIENTS)
 def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rng, monkeypatch):
-    """However the step is run, and whatever the last batch's size."""
+    """The steps agree however they are run, and whatever size the last batch has."""
 
     def rotated(self, count, step):  # XLA draws other random numbers
         return keras.ops.mod(keras.ops.arange(count) + keras.ops.cast(step, "int32"), count)
@@ -139,7 +144,7 @@ def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rn
         batch = Batch(array(x[start : start + 8]), array(y[start : start + 8]))
         reference.optimizer.iterations.assign(step)
         result = reference.regularizer(Objective(reference), Batch(*batch), [])
-        # The mean of the sub-batches' gradients is the batch's: no layer couples its examples.
+        # No layer couples the examples, so that the sub-batches' mean gradient is the batch's.
         plain = make(None, main_gradient="sub_batches", run_eagerly=True)
         plain.set_weights(reference.get_weights())
         main = plain.regularizer(Objective(plain), Batch(*batch), []).main.gradients
@@ -147,7 +152,7 @@ def test_steps_are_those_of_the_subsets_of_their_numbers(main_gradient, mode, rn
         velocity = [0.5 * v - 0.1 * g for v, g in zip(velocity, gradients)]
         for variable, v in zip(reference.trainable_variables, velocity):
             variable.assign(numpy(variable) + v)
-    # Float32 over six steps: gradients of order one.
+    # Float32 rounds gradients of order one, over six steps.
     np.testing.assert_allclose(flat(model.get_weights()), flat(reference.get_weights()), atol=1e-5)
 
 
@@ -174,10 +179,16 @@ class Counting(keras.layers.Layer):
         return x
 
 
-@only_on("tensorflow", "torch", reason="JAX traces both branches, executed or not")
+@only_on(
+    "tensorflow", "torch", reason="JAX traces both branches, whether they are executed or not."
+)
 @pytest.mark.parametrize("num_perturbed", [1, 2, 4, 8])
 def test_cost_falls_with_the_sub_batches_that_are_perturbed(num_perturbed, rng):
-    """Of batches of 1/8: 8 + k evaluations, or one of the whole batch and 2 k."""
+    """Count the evaluations of sub-batches, each an eighth of the batch.
+
+    If the sub-batches give the main gradient, there are 8 of them and k perturbed ones. If not,
+    there is one evaluation of the whole batch, and k pairs.
+    """
     for main_gradient, expected in (("sub_batches", 8 + num_perturbed), ("full_batch", None)):
         inputs = keras.Input((3,))
         outputs = keras.layers.Dense(2)(Counting()(inputs))
@@ -207,7 +218,7 @@ def test_weights_that_are_not_used_stay_without_a_gradient(main_gradient, rng):
     layer = Unused()
     model = RegularizedModel(inputs, keras.layers.Dense(2)(layer(inputs)))
     model.compile(
-        # A gradient of zero would let the optimizer take its step.
+        # With a gradient of zero, in place of none, the optimizer would decay the weights.
         keras.optimizers.SGD(0.1, weight_decay=0.1),
         "mse",
         regularizer=SubBatchPerturbation(

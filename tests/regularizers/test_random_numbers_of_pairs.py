@@ -34,7 +34,8 @@ def test_both_evaluations_of_a_pair_draw_the_same_numbers(rng):
     model.regularizer.main_gradient = "sub_batches"
     x = array(rng.normal(size=(6, 30)), "float32")
     result = model.regularizer(Objective(model), Batch(x, array(np.zeros((6, 2)), "float32")), [])
-    # g is the mean of x under its mask, whatever w: equal masks make the difference exactly 0.
+    # The gradient is the mean of the masked x, whatever the weights are. If both evaluations draw
+    # the same masks, the difference of their gradients is exactly 0.
     np.testing.assert_array_equal(flat(result.gradient), 0)
     assert np.linalg.norm(flat(result.main.gradients)) > 1
     assert float(result.value) > 1  # alpha times the mean of ||g_i||^2
@@ -62,7 +63,7 @@ def test_same_numbers_are_drawn_within_a_training_step(rng, mode):
         model.regularizer.beta = beta
         model.train_on_batch(x, y)
         trained.append(flat(model.trainable_variables))
-    # Masks that differ would add some 1e5. XLA may round the two gradients differently.
+    # Different masks would add some 1e5. XLA may round the two gradients differently.
     np.testing.assert_allclose(trained[1], trained[0], atol=0.2 if "jit_compile" in mode else 0)
 
 

@@ -26,7 +26,7 @@ from keras_infomcr.objective import Batch, Objective
 
 @pytest.fixture
 def data(rng):
-    """18 examples, `[18, 5]`, of 3 classes, with weights."""
+    """Return 18 examples of five features, their labels in three classes, and their weights."""
     x, y = rng.normal(size=(18, 5)), rng.integers(3, size=18)
     return x, y, rng.uniform(0.2, 3, size=18)
 
@@ -74,7 +74,7 @@ def test_one_step_is_algorithm_1(float64, net, data, size, count, main):
 @pytest.mark.parametrize("penalty", [0.0, PENALTY], ids=["", "L2"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_three_steps_are_algorithm_1(float64, data, net, main, penalty, weighted):
-    """Batches of 7, 7 and 1 examples, M = 2: sub-batches of 4 and 3, and of a single one."""
+    """Batches of 7, 7 and 1 examples are cut into sub-batches of 3, 4, 3, 4 and 1."""
     x, y, weights = (a[:15] for a in data)
     model = make(net, penalty, num_sub_batches=2, main_gradient=main)
     before = model.get_weights()
@@ -98,14 +98,14 @@ def test_penalties_are_no_part_of_the_regularizer(float64, data):
         model = make(TwoLayers, penalty, num_sub_batches=2)
         batch = [array(a) for a in data]
         results.append(model.regularizer(Objective(model), Batch(*batch), []))
-    # No rounding either: the penalties are left out, not subtracted.
+    # Equal to the bit: the penalties are left out. Had they been subtracted, they would round.
     np.testing.assert_array_equal(flat(results[0].gradient), flat(results[1].gradient))
     np.testing.assert_array_equal(results[0].value, results[1].value)
 
 
 @pytest.mark.parametrize(("main", "tolerance"), [("full_batch", 0.0), ("sub_batches", 1e-13)])
 def test_zero_beta_equals_plain_keras(float64, data, main, tolerance):
-    """To the bit, or but for sums in another order, a few units of 1e-16 a step."""
+    """The full batch agrees to the bit; the mean over sub-batches rounds each step by 1e-16."""
     x, y, weights = data
     ours = make(TwoLayers, PENALTY, beta=0.0, num_sub_batches=2, main_gradient=main)
     plain = keras.Model(ours.inputs, ours.outputs)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from literal_reading import ALPHA, BETA
-from small_nets import X, Y, sgd, two_layers
+from small_nets import QUICKEST, X, Y, sgd, two_layers
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def test_log_is_written_every_epoch(tmp_path):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     gate = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: setattr(model, "regularizer_active", epoch == 1)
     )
@@ -32,7 +32,7 @@ def test_log_is_written_every_epoch(tmp_path):
 
 def test_log_is_seen_by_callbacks_and_by_the_progress_bar(capsys):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     seen = []
     spy = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))
     history = model.fit(X, Y, callbacks=spy, verbose=2).history
@@ -43,7 +43,7 @@ def test_log_is_seen_by_callbacks_and_by_the_progress_bar(capsys):
 @pytest.mark.parametrize("verbose", ["auto", 1, 2])
 def test_the_progress_bar_shows_the_regulariser_in_the_epochs_in_which_it_acts(verbose, capsys):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     gate = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: setattr(model, "regularizer_active", epoch == 1)
     )
@@ -57,7 +57,7 @@ def test_the_progress_bar_shows_the_regulariser_in_the_epochs_in_which_it_acts(v
 
 def test_the_progress_bar_shows_a_regulariser_that_is_not_finite(capsys):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     with pytest.warns(UserWarning, match="The regulariser is not finite"):
         model.fit(np.full_like(X, np.nan), Y, verbose=2)
     assert "infomcr_reg: nan" in capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_the_progress_bar_shows_a_regulariser_that_is_not_finite(capsys):
 
 def test_the_progress_bar_stands_where_the_user_wants_it(capsys):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     model.fit(X, Y, callbacks=[keras.callbacks.ProgbarLogger()], verbose=2)
     assert capsys.readouterr().out.count("infomcr_reg") == 1
     model.fit(X, Y, verbose=0)
@@ -84,14 +84,14 @@ def test_the_progress_bar_makes_no_callback_wait(monkeypatch):
     for base, ours in ((RegularizedModel, {"regularizer": SubBatchPerturbation(0.1, 1, 2)}),
                        (keras.Model, {})):  # fmt: skip
         model = two_layers(base)
-        model.compile(sgd(), "mse", **ours)
+        model.compile(sgd(), "mse", **ours, **QUICKEST)
         model.fit(X, Y, verbose=2)
     assert lists[0]._async_train == lists[1]._async_train
 
 
 def test_log_with_a_callback_list_of_the_users():
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)
     for _ in range(2):
         callbacks = keras.callbacks.CallbackList(add_history=True, model=model, epochs=1)
         history = model.fit(X, Y, callbacks=callbacks, verbose=0).history

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from small_nets import X, Y, sgd, two_layers
+from small_nets import QUICKEST, X, Y, sgd, two_layers
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -39,13 +39,13 @@ def test_more_sub_batches_than_examples_warns_once():
 
 def test_one_batch_large_enough_does_not_warn():
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=6))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=6), **QUICKEST)
     model.fit(X, Y, 6, verbose=0)  # a warning is an error here
 
 
 def test_closed_gate_does_not_warn():
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=6))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=6), **QUICKEST)
     model.regularizer_active = False
     model.fit(X, Y, 5, verbose=0)
 
@@ -53,7 +53,7 @@ def test_closed_gate_does_not_warn():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_data_that_are_not_finite_warn_once(value):
     model = two_layers(RegularizedModel)
-    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
+    model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(num_sub_batches=2), **QUICKEST)
     x = X.copy()
     x[3] = value
     with pytest.warns(UserWarning, match=r"not finite.*Received: infomcr_reg=nan") as warned:
