@@ -6,11 +6,12 @@ import sys
 import keras
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
-from images import digits
-from networks import NETWORKS as IMAGE_NETWORKS
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+from images import digits  # noqa: E402
+from networks import NETWORKS as IMAGE_NETWORKS  # noqa: E402
 
-__all__ = ["NETWORKS", "batch_norms", "digits", "make", "mlp", "random_data"]
+__all__ = ["EXAMPLES", "NETWORKS", "batch_norms", "digits", "make", "mlp", "random_data"]
 
 
 def mlp(num_classes=10):
