@@ -14,6 +14,7 @@ tensorflow()
 import evaluate_gamma  # noqa: E402
 import run_folder  # noqa: E402
 import train_cifar10  # noqa: E402
+import training_settings  # noqa: E402
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_the_last_checkpoint_is_that_of_the_latest_epoch(command, data, tmp_path
     train_cifar10.main(arguments)
     for epoch in (999, 1000):
         shutil.copy(tmp_path / "run/epoch-001.keras", tmp_path / f"run/epoch-{epoch:03d}.keras")
-    settings = train_cifar10.parse([*arguments, "--resume"])
+    settings = training_settings.parse([*arguments, "--resume"])
     assert run_folder.prepare(settings, train_cifar10.make_model(settings, load(data))) == 1000
 
 
@@ -186,7 +187,7 @@ def gate(pattern, epoch):
     return callback.model.regularizer_active
 
 
-@pytest.mark.parametrize("pattern", train_cifar10.SEGMENTS)
+@pytest.mark.parametrize("pattern", training_settings.SEGMENTS)
 def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
     # [0, 60), [60, 120), [120, 200], in epochs from 0.
     for digit, epochs in zip(pattern, [(0, 59), (60, 119), (120, 160, 199)]):
@@ -194,13 +195,13 @@ def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
 
 
 def test_boundaries_scale_with_the_epochs():
-    assert train_cifar10.parse([]).boundaries == [60, 120, 160]
-    assert train_cifar10.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
-    assert train_cifar10.parse(["--epochs", "2"]).boundaries == [1, 1, 2]
+    assert training_settings.parse([]).boundaries == [60, 120, 160]
+    assert training_settings.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
+    assert training_settings.parse(["--epochs", "2"]).boundaries == [1, 1, 2]
 
 
 def test_settings_reach_the_model(tmp_path, data):
-    settings = train_cifar10.parse(
+    settings = training_settings.parse(
         [
             *("--alpha", "0.5", "--beta", "3", "--num-sub-batches", "4"),
             *("--main-gradient", "full_batch", "--l2", "0.25", "--jit", "off"),
@@ -223,7 +224,7 @@ def test_settings_reach_the_model(tmp_path, data):
 
 
 def test_never_is_a_plain_network(data):
-    model = train_cifar10.make_model(train_cifar10.parse(["--regularize", "never"]), load(data))
+    model = train_cifar10.make_model(training_settings.parse(["--regularize", "never"]), load(data))
     assert model.regularizer is None
 
 
@@ -264,13 +265,13 @@ def test_a_finished_run_may_be_resumed(command, tmp_path):
 )
 def test_wrong_settings_get_clear_errors(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        train_cifar10.parse(arguments)
+        training_settings.parse(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_one_epoch_can_be_regularised_from_its_first_step_or_never():
     for rule in ("111", "100", "never"):
-        assert train_cifar10.parse(["--epochs", "1", "--regularize", rule]).epochs == 1
+        assert training_settings.parse(["--epochs", "1", "--regularize", rule]).epochs == 1
 
 
 @pytest.mark.parametrize("script", [train_cifar10, evaluate_gamma])
@@ -315,7 +316,7 @@ def test_wrong_settings_of_the_comparison_get_clear_errors(arguments, message, c
 @only_on("jax", "torch", reason="TensorFlow has it")
 def test_mirrored_strategy_needs_tensorflow(capsys):
     with pytest.raises(SystemExit):
-        train_cifar10.parse(["--strategy", "mirrored"])
+        training_settings.parse(["--strategy", "mirrored"])
     assert f"needs the TensorFlow backend. Received: KERAS_BACKEND={BACKEND}" in (
         capsys.readouterr().err
     )
