@@ -215,9 +215,9 @@ training loss, wrong labels included     0.371 +- 0.105    0.534 +- 0.109   +0.1
 ```
 <!-- quickstart_seeds: end -->
 
-"Difference" is the regularised run less the plain one, and "better" counts the seeds in which the
-regularised run is. It learns fewer of the wrong labels, is right about more of the test digits, and
-ends in a flatter minimum.
+The column "difference" is the regularised run less the plain run, and "better" counts the seeds in
+which the regularised run is better. It learns fewer of the wrong labels, is right about more of the
+test digits, and ends in a flatter minimum.
 
 What this does not show: a plain run that is stopped at its best epoch does nearly as well. Digits
 with right labels only, which are learned within a few epochs, were not compared. The strength of
@@ -226,7 +226,7 @@ run were not tuned. The two runs have the number of epochs in common, not the ti
 step makes three passes over its batch. And each framework draws other initial weights from a seed,
 so that the numbers of one seed differ between TensorFlow, JAX and torch.
 
-The picture has the curves of your run above, and the eight seeds of that table below.
+The upper row of the picture has the curves of your two runs, the lower row the eight seeds.
 """
 
 results = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -273,7 +273,7 @@ print("and README.md has their table.")
 """
 ## Next
 
-Other regularised epochs, other networks, CIFAR-10: `examples/train_cifar10.py`. More measures of
-flatness, and whether they foretell the test error: `examples/compare_minima.py`. How gamma-hat is
-computed, and which of its forms compares what: `docs/gamma_hat.md`.
+`examples/train_cifar10.py` trains the paper's networks on CIFAR-10. `examples/compare_minima.py` asks
+which measures of flatness foretell the test error. `docs/gamma_hat.md` explains how gamma-hat is
+computed, and which of its forms compares what.
 """
