@@ -273,7 +273,7 @@ print("and README.md has their table.")
 """
 ## Next
 
-`examples/train_cifar10.py` trains the paper's networks on CIFAR-10. `examples/compare_minima.py` asks
-which measures of flatness foretell the test error. `docs/gamma_hat.md` explains how gamma-hat is
-computed, and which of its forms compares what.
+`examples/train_cifar10.py` trains the paper's networks on CIFAR-10. `examples/compare_minima.py`
+asks which measures of flatness foretell the test error. `docs/gamma_hat.md` explains how gamma-hat
+is computed, and which of its forms compares what.
 """
