@@ -9,12 +9,12 @@ regulariser multiplies the first by 2 or 3 passes and leaves the second.
 
 import keras
 import numpy as np
-from step_cost import NETWORKS
+from models import NETWORKS
 
 NUM_GPUS = 8
-# Of an H100, of which convolutions in true float32 may reach half: 67 TFLOP/s (NVIDIA, nominal).
+# NVIDIA gives 67 TFLOP/s for an H100; convolutions in true float32 may reach half.
 FLOPS = 0.5 * 67e12
-# Bytes a second each way, nominal: NVLink 4, PCIe 4 x16, 100 Gbit/s Ethernet.
+# Nominal bytes a second in each direction: NVLink 4, PCIe 4 x16, 100 Gbit/s Ethernet.
 LINKS = {"NVLink": 450e9, "PCIe 4": 32e9, "100 Gbit/s": 12.5e9}
 
 

@@ -2,8 +2,8 @@
 
 For a network with batch normalisation, trained for a few epochs on scikit-learn's digits, once
 with GELU and once with ReLU: the direction (g - g')/alpha, with g the gradient of the loss of a
-sub-batch at w and g' that at w - alpha g, against H g in float64. Prints the table and saves the
-figure of docs/finite_difference.md:
+sub-batch at w and g' its gradient at w - alpha g, against H g in float64. Prints the table and
+saves the figure of docs/finite_difference.md:
 
     python benchmarks/finite_difference.py
 
@@ -22,7 +22,7 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from sklearn.datasets import load_digits
+from models import digits
 
 from keras_infomcr import RegularizedModel, backend
 from keras_infomcr.objective import Batch, Objective
@@ -39,16 +39,9 @@ POLICIES = {
     TF32: "float32",
     "bfloat16": "mixed_bfloat16",
 }
-# Wide under narrow, for lines that lie upon each other.
+# Several lines lie upon each other: the wide ones are drawn first, so that all can be seen.
 STYLES = ("lightgreen", 6), ("tab:blue", 3), ("tab:orange", 1.5), ("tab:red", 1.5)
 FINITE_DIFFERENCE, PRODUCT = "finite difference", "Hessian-vector product"
-
-
-def load_data(seed):
-    """Return images `[1797, 8, 8, 1]`, pixels from -1 to 1, and labels, shuffled."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(images))
-    return (images[order] / 8 - 1).reshape(-1, 8, 8, 1), labels[order]
 
 
 def make_model(activation, policy):
@@ -83,7 +76,8 @@ def loss_as_is(model):
 def emulated_tf32():
     """Have convolutions and matrix products, and their gradients, take rounded operands.
 
-    So do the tensor cores of NVIDIA GPUs: 10 binary digits after the first, sums in float32.
+    The tensor cores of NVIDIA GPUs do the same: they keep 10 binary digits after the first, and add
+    in float32.
     """
 
     @tf.custom_gradient
@@ -200,13 +194,12 @@ def plot(results, path):
 def main():
     """Run the study, print the table, save the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5, help="of training (%(default)s)")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("output"), help="folder (%(default)s)"
-    )
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of training (%(default)s)")
+    help = "folder for the picture (%(default)s)"
+    parser.add_argument("--output", type=pathlib.Path, default="output", help=help)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    data = load_data(seed=0)
+    data = digits(seed=0)
     results = {name: study(name, *data, arguments.epochs) for name in ("GELU", "ReLU")}
     print_table(results)
     plot(results, arguments.output / "finite_difference.png")

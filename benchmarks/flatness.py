@@ -14,29 +14,23 @@ passes over the same data in the same batches; both are compiled before they are
 at the same tolerance and its trace from as many products, of the same network, weights and data.
 """
 
-import argparse
 import functools
-import pathlib
-import statistics
-import sys
-import time
 import warnings
 
 import keras
 import numpy as np
 import report as reports
+from gamma_hat import make
 from keras import layers
 from machine import BACKEND
+from timing import in_turn, median_ratios, median_seconds
 
 from keras_infomcr import flatness
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.running.shared import sharing
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from gamma_hat import make  # noqa: E402
-
-# Settings of few passes, the number of these passes, and that of the defaults.
+# For each measure: settings with which it makes few passes, the number of these passes, and the
+# number of passes that it makes by default (`None` if that depends on the spectrum).
 MEASURES = {
     "hessian_trace": ({"num_products": 6}, 6, 30),
     "hessian_frobenius_norm": ({"num_products": 6}, 6, 30),
@@ -55,15 +49,10 @@ NUM_PRODUCTS, TOLERANCE = 30, 1e-3
 
 
 def timed(functions, rounds):
-    """Return the median seconds of each function, called in turn; the first call is not timed."""
-    seconds = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+    """Return the seconds of each function in each round; all are compiled before."""
+    for function in functions.values():
+        function()
+    return in_turn(functions, rounds)
 
 
 def epoch(model, x, y):
@@ -82,15 +71,18 @@ def costs(network, rounds):
     def measured(name, settings):
         batches = {} if name.startswith("fisher") else {"batch_size": BATCH_SIZE}
         with sharing(kept), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few products do not converge
+            warnings.simplefilter("ignore")  # that so few products have not converged
             getattr(flatness, name)(model, x, y, seed=0, **batches, **settings)
 
     for name, (settings, _, _) in MEASURES.items():
         functions[name] = functools.partial(measured, name, settings)
-    seconds = timed(functions, rounds)
-    unit = seconds.pop("epoch")
-    passes = {name: s / unit / MEASURES[name][1] for name, s in seconds.items()}
-    return {"network": network, "epoch_seconds": unit, "epochs_a_pass": passes}
+    times = timed(functions, rounds)
+    ratios = median_ratios(times, "epoch")
+    return {
+        "network": network,
+        "epoch_seconds": median_seconds(times)["epoch"],
+        "epochs_a_pass": {name: ratios[name] / MEASURES[name][1] for name in MEASURES},
+    }
 
 
 def twins(network):
@@ -136,7 +128,7 @@ def versus(network, rounds):
     from pyhessian import hessian
     from scipy.sparse.linalg import eigsh
 
-    torch.set_num_threads(1)  # of CPUs, where others' work would disturb two more than one
+    torch.set_num_threads(1)  # what else runs on the machine disturbs one thread least
     model, module, data, batches = twins(network)
     loss, found = torch.nn.CrossEntropyLoss(), {}
     cuda = batches[0][0].is_cuda
@@ -147,7 +139,7 @@ def versus(network, rounds):
             module, loss, parameters, batches, check_deterministic=False
         )
 
-    def of_pyhessian():
+    def pyhessian_operator():
         return hessian(module, loss, dataloader=batches, cuda=cuda)
 
     def kept(name, value):
@@ -159,10 +151,10 @@ def versus(network, rounds):
     exact = top(tolerance=1e-6).value
 
     def power(tolerance):
-        return of_pyhessian().eigenvalues(1000, tolerance)[0][0]
+        return pyhessian_operator().eigenvalues(1000, tolerance)[0][0]
 
-    # PyHessian stops by the change between two iterations. Its error is below the tolerance, as
-    # those of the others are by their bounds, from some smaller one on.
+    # PyHessian stops when two iterations differ by less than its tolerance, which bounds no error.
+    # So it is timed also at the largest tolerance at which its error is as small as the others'.
     tried = (10.0**-k for k in range(3, 7))
     enough = next(t for t in tried if abs(power(t) / exact - 1) <= TOLERANCE)
     largest = {"k": 1, "which": "LM", "tol": TOLERANCE}
@@ -175,12 +167,12 @@ def versus(network, rounds):
         },
         "trace/ours": lambda: trace(num_products=NUM_PRODUCTS).value,
         "trace/curvlinops": lambda: curvlinops.hutchpp_trace(operator(), NUM_PRODUCTS).item(),
-        "trace/pyhessian": lambda: np.mean(of_pyhessian().trace(NUM_PRODUCTS, 0.0)),
+        "trace/pyhessian": lambda: np.mean(pyhessian_operator().trace(NUM_PRODUCTS, 0.0)),
     }
     calls = {name: lambda n=name, f=f: kept(n, f()) for name, f in functions.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seconds = timed(calls, rounds)
+        seconds = median_seconds(timed(calls, rounds))
     errors = {n: abs(v / exact - 1) for n, v in found.items() if n.startswith("eigenvalue")}
     return {"network": network, "seconds": seconds, "found": found, "errors": errors}
 
@@ -219,13 +211,14 @@ def table(report):
 
 def main():
     """Measure, print and keep, or write the docs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="*", default=["mlp"])
-    parser.add_argument("--versus", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="One round of the smallest network.")
-    parser.add_argument("--docs", type=pathlib.Path)
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser = reports.parser(__doc__)
+    add = parser.add_argument
+    help = "networks, by their names in examples/networks, or mlp (%(default)s)"
+    add("--networks", nargs="*", default=["mlp"], help=help)
+    help = "also compare with the libraries curvlinops and PyHessian (torch only)"
+    add("--versus", action="store_true", help=help)
+    add("--rounds", type=int, default=3, help="timed calls of each function (%(default)s)")
+    add("--quick", action="store_true", help="time a single round")
     options = parser.parse_args()
     if options.docs:
         reports.write_docs(options.output, "flatness", table, options.docs)

@@ -13,18 +13,16 @@ JSON files there between the markers of a Markdown file, without measuring. KERA
 the backend. On TensorFlow, `--replicas 2` compares trials on two logical CPU devices with one.
 """
 
-import argparse
+import functools
 import itertools
-import pathlib
-import statistics
-import sys
-import time
 
 import keras
 import matplotlib
+import models
 import numpy as np
 import report as reports
 from machine import BACKEND, peak_memory, set_precision
+from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
@@ -34,23 +32,17 @@ from keras_infomcr.objective import Objective
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from networks import NETWORKS  # noqa: E402
-from step_cost import mlp  # noqa: E402
-
 
 def make(name):
-    """Return a compiled model with initial weights, and random data that it has normalised."""
-    keras.utils.set_random_seed(0)
-    model = keras.Model(*(mlp if name == "mlp" else NETWORKS[name])())
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200, *model.input_shape[1:])).astype("float32")
-    y = rng.integers(10, size=200).astype("int32")
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
+    """Return a compiled model of initial weights, and random data.
+
+    The moving statistics of its batch normalisation are the data's, as after training: with the
+    initial ones the activations of deep networks would grow from layer to layer.
+    """
+    model = models.make(name)
+    x, y = models.random_data(model, 200)
+    for layer in models.batch_norms(model):
+        layer.momentum = 0.0
     model(x[:50], training=True)
     return model, x, y
 
@@ -106,34 +98,26 @@ def measure(name, count, rounds, with_literal):
     """Return the rows of one network and N'."""
     model, x, y = make(name)
     x, y = x[:count], y[:count]
-    functions = {"plain": plain(model, x, y), "gamma-hat": ours(model, x, y)}
-    first = {}
-    for label, function in functions.items():
-        start = time.perf_counter()
-        function()
-        first[label] = time.perf_counter() - start
-    times = {label: [] for label in functions}
-    for _ in range(rounds):
-        for label, function in functions.items():
-            start = time.perf_counter()
-            value = function()
-            times[label].append(time.perf_counter() - start)
-    ratios = [t / p for t, p in zip(times["gamma-hat"], times["plain"])]
-    seconds = {k: statistics.median(v) for k, v in times.items()}
-    figures = {
-        "plain": (1.0, None),
-        "gamma-hat": (statistics.median(ratios), value),
+    values = {}
+
+    def keep(label, function):
+        values[label] = function()
+
+    functions = {
+        "plain": functools.partial(keep, "plain", plain(model, x, y)),
+        "gamma-hat": functools.partial(keep, "gamma-hat", ours(model, x, y)),
     }
+    first = {label: seconds_of(function) for label, function in functions.items()}
+    times = in_turn(functions, rounds)
     if with_literal:
         literal = Literal(model)
-        functions["literal"] = lambda: literal(x, y)
-        start = time.perf_counter()
-        literal(x[:10], y[:10])
-        first["literal"] = time.perf_counter() - start
-        start = time.perf_counter()
-        value = literal(x, y)
-        seconds["literal"] = time.perf_counter() - start
-        figures["literal"] = seconds["literal"] / seconds["plain"], value
+        first["literal"] = seconds_of(lambda: literal(x[:10], y[:10]))
+        functions["literal"] = lambda: keep("literal", lambda: literal(x, y))
+        # It takes so long that one call must do.
+        times["literal"] = [seconds_of(functions["literal"])]
+    seconds, ratios = median_seconds(times), median_ratios(times, "plain")
+    if with_literal:
+        ratios["literal"] = seconds["literal"] / seconds["plain"]
     return [
         {
             "network": name,
@@ -141,10 +125,10 @@ def measure(name, count, rounds, with_literal):
             "examples": count,
             "kind": label,
             "seconds": seconds[label],
-            "ratio": figures[label][0],
+            "ratio": ratios[label],
             "first call": first[label],
             "peak MiB": peak_memory(function),
-            "value": figures[label][1],
+            "value": None if label == "plain" else values[label],
         }
         for label, function in functions.items()
     ]
@@ -164,25 +148,18 @@ def compare_replicas(name, count, num_devices, rounds):
     estimators = [
         GammaHatEstimator(m, x, y, **checked_settings(**settings)) for m in (single, spread)
     ]
-    values = [e.measure().sum(axis=1) for e in estimators]
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for estimator in estimators:
-            start = time.perf_counter()
-            estimator.measure()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[1] / times[0])
+    values = [e.measure().sum(axis=1) for e in estimators]  # compiles both
+    times = in_turn({"one": estimators[0].measure, "several": estimators[1].measure}, rounds)
     difference = np.max(np.abs(values[1] / values[0] - 1))
     print(
         f"{name}, N' = {count}: {2 * num_devices} trials on {num_devices} logical CPU devices take "
-        f"{statistics.median(ratios):.2f} times what they take on one; "
+        f"{median_ratios(times, 'one')['several']:.2f} times what they take on one; "
         f"largest relative difference of a trial {difference:.1e}"
     )
 
 
 def key_of(row):
-    """Return what rows stand together for."""
+    """Return what the rows of one measurement have in common."""
     return row["network"], row["examples"]
 
 
@@ -224,17 +201,20 @@ def plot(report, path):
 
 def parse():
     """Return the settings from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reports.parser(__doc__)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2", "densenet-bc-100-12"]
-    add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
-    add("--num-examples", type=int, nargs="+", default=[50, 100, 200])
-    add("--rounds", type=int, default=7)
-    add("--no-literal", action="store_true", help="leave out the slow one")
-    add("--quick", action="store_true", help="the perceptron with 50 examples alone")
-    add("--replicas", type=int, help="compare so many logical CPU devices with one, no more")
-    add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
-    add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
+    help = "networks to measure (%(default)s)"
+    add("--networks", nargs="+", choices=models.NETWORKS, default=networks, help=help)
+    help = "numbers N' of examples in a trial, at most 200 (%(default)s)"
+    add("--num-examples", type=int, nargs="+", default=[50, 100, 200], help=help)
+    add("--rounds", type=int, default=7, help="timed calls of each function (%(default)s)")
+    help = "leave out the literal transcription of Eq. 5, which takes long (TensorFlow only)"
+    add("--no-literal", action="store_true", help=help)
+    help = "measure only the perceptron with 50 examples, in two rounds"
+    add("--quick", action="store_true", help=help)
+    help = "do nothing but compare trials on so many logical CPU devices with one (TensorFlow)"
+    add("--replicas", type=int, help=help)
     settings = parser.parse_args()
     if settings.quick:
         settings.networks, settings.num_examples, settings.rounds = ["mlp"], [50], 2

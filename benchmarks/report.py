@@ -1,10 +1,25 @@
 """Reports of benchmarks: JSON files that gather rows, and tables of them in the docs."""
 
+import argparse
 import json
+import pathlib
 import sys
 
 import keras
 from machine import BACKEND, device, is_gpu
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser(description):
+    """Return a parser of command lines with the options that all benchmarks of reports have."""
+    found = argparse.ArgumentParser(description=description.splitlines()[0])
+    help = "folder of the JSON reports, to which this run adds its own (%(default)s)"
+    found.add_argument("--output", type=pathlib.Path, default=RESULTS, help=help)
+    help = "Markdown file: put the tables of all reports in --output between its markers"
+    found.add_argument("--docs", type=pathlib.Path, help=help)
+    return found
 
 
 def load(folder, name, *settings):
@@ -35,9 +50,20 @@ def save(report, path):
 
 
 def write_docs(folder, name, table, path):
-    """Put the tables of all reports of a benchmark between the markers of a Markdown file."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    """Put the tables of all reports of a benchmark between its markers in a file.
+
+    Args:
+        folder: Path of the folder of all reports.
+        name: String, the benchmark.
+        table: Function that turns a report into a string of Markdown.
+        path: Path of the file, which has the markers already.
+    """
     reports = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}_*.json"))]
+    write_between_markers(path, name, "\n".join(map(table, reports)))
+
+
+def write_between_markers(path, name, text):
+    """Replace what stands between the two markers of a benchmark in a file."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     head, rest = path.read_text().split(begin)
-    tables = "\n".join(map(table, reports))
-    path.write_text(f"{head}{begin}\n{tables}{end}{rest.split(end)[1]}")
+    path.write_text(f"{head}{begin}\n{text}{end}{rest.split(end)[1]}")

@@ -17,17 +17,16 @@ import pathlib
 import keras
 import matplotlib
 import numpy as np
-from sklearn.datasets import load_digits
+from models import digits
+from report import ROOT, write_between_markers
 
 from keras_infomcr.flatness import gamma_hat
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCALES = [1, 2, 3, 5, 8, 13, 20, 30, 50, 80, 130]
 NUM_EXAMPLES = 100
-BEGIN, END = "<!-- saturation: begin -->", "<!-- saturation: end -->"
 
 
 def trained(x, y):
@@ -61,8 +60,8 @@ def naive(weights, x, y, dtype):
 
 def measure():
     """Return rows of the table: dictionaries."""
-    x, y = load_digits(return_X_y=True)
-    x, y = (x / 16).astype("float32"), y.astype("int32")
+    images, y = digits()
+    x = (images.reshape(-1, 64) + 1) / 2  # pixels from 0 to 1
     model = trained(x, y)
     kernel1, bias1, kernel2, bias2 = model.get_weights()
     x, y = x[:NUM_EXAMPLES], y[:NUM_EXAMPLES]
@@ -117,15 +116,16 @@ def plot(rows, path):
 def main():
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--docs", type=pathlib.Path, help="write the table into this file")
-    parser.add_argument("--figure", type=pathlib.Path, default=ROOT / "docs" / "saturation.png")
+    help = "Markdown file: also put the table between its markers"
+    parser.add_argument("--docs", type=pathlib.Path, help=help)
+    help, picture = "file of the picture (%(default)s)", ROOT / "docs" / "saturation.png"
+    parser.add_argument("--figure", type=pathlib.Path, default=picture, help=help)
     settings = parser.parse_args()
     rows = measure()
     print(table(rows))
     plot(rows, settings.figure)
     if settings.docs:
-        head, rest = settings.docs.read_text().split(BEGIN)
-        settings.docs.write_text(f"{head}{BEGIN}\n{table(rows)}{END}{rest.split(END)[1]}")
+        write_between_markers(settings.docs, "saturation", table(rows))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,15 @@ backend, TensorFlow or JAX. Where there are not so many GPUs, CPU devices stand 
 import argparse
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import keras
+import models
 import numpy as np
 import report as reports
 from machine import BACKEND
-from step_cost import NETWORKS, ROOT, mlp
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -39,31 +38,16 @@ SYNCHRONIZED = ", synchronised"
 
 
 def make(network, options):
-    """Return a compiled model; without options a plain `keras.Model`."""
-    keras.utils.set_random_seed(0)
+    """Return a compiled model, without options a plain `keras.Model`; and a batch for it."""
     name = network.removesuffix(SYNCHRONIZED)
-    base = keras.Model if options is None else RegularizedModel
-    model = base(*(mlp if name == "mlp" else NETWORKS[name])())
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = network.endswith(SYNCHRONIZED)
-    if options is not None:
+    if options is None:
+        model = models.make(name)
+    else:
         regularizer = SubBatchPerturbation(num_sub_batches=NUM_SUB_BATCHES, **options)
-        options = {"regularizer": regularizer}
-    model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        **(options or {}),
-    )
-    return model
-
-
-def batch_of(network):
-    """Return inputs and labels."""
-    rng = np.random.default_rng(0)
-    shape = (28, 28, 1) if network == "mlp" else (32, 32, 3)
-    x = rng.normal(size=(BATCH_SIZE, *shape)).astype("float32")
-    return x, rng.integers(10, size=BATCH_SIZE).astype("int32")
+        model = models.make(name, RegularizedModel, regularizer=regularizer)
+    for layer in models.batch_norms(model):
+        layer.synchronized = network.endswith(SYNCHRONIZED)
+    return model, models.random_data(model, BATCH_SIZE)
 
 
 def count_tensorflow(num_devices):
@@ -86,11 +70,11 @@ def count_tensorflow(num_devices):
     strategy = tf.distribute.MirroredStrategy(devices[:num_devices], Counted())
 
     def count(network, options):
-        dataset = tf.data.Dataset.from_tensor_slices(batch_of(network)).batch(BATCH_SIZE)
         with strategy.scope():
-            model = make(network, options)
+            model, data = make(network, options)
             model.optimizer.build(model.trainable_variables)
-        model.evaluate(dataset, verbose=0)  # builds what Keras keeps of losses
+        dataset = tf.data.Dataset.from_tensor_slices(data).batch(BATCH_SIZE)
+        model.evaluate(dataset, verbose=0)  # builds the metrics, which a step may not do
         found.clear()
         [batch] = strategy.experimental_distribute_dataset(dataset)
         step = tf.function(lambda b: strategy.run(model.train_step, (b,)), autograph=False)
@@ -112,12 +96,12 @@ def count_jax(num_devices):
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
     def count(network, options):
-        model, batch = make(network, options), batch_of(network)
+        model, batch = make(network, options)
         model.optimizer.build(model.trainable_variables)
         data = [
             jax.device_put(a, distribution.get_data_layout(a.shape).backend_layout) for a in batch
         ]
-        model.evaluate(*batch, verbose=0)  # builds what Keras keeps of losses
+        model.evaluate(*batch, verbose=0)  # builds the metrics, which a step may not do
         lists = (
             model.trainable_variables,
             model.non_trainable_variables,
@@ -165,7 +149,7 @@ def table(report):
     lines = [
         f"**batch {BATCH_SIZE}, M = {NUM_SUB_BATCHES}** ({report['versions']})",
         "",
-        "| network | devices | step | sums over devices | bytes | bytes, plain ones |",
+        "| network | devices | step | sums over devices | bytes | bytes, times plain |",
         "|---|---:|---|---:|---:|---:|",
     ]
     for r in report["rows"]:
@@ -179,17 +163,18 @@ def table(report):
 
 def parse():
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = reports.parser(__doc__)
+    add = parser.add_argument
     networks = ["mlp", "resnet-20"]
-    if BACKEND == "tensorflow":  # on JAX batch normalisation always is
+    if BACKEND == "tensorflow":  # on JAX batch normalisation is synchronised anyway
         networks.append(f"resnet-20{SYNCHRONIZED}")
-    parser.add_argument("--networks", nargs="+", default=networks)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--quick", action="store_true", help="the perceptron on 2 devices, to try")
-    results = ROOT / "benchmarks" / "results"
-    parser.add_argument("--output", type=pathlib.Path, default=results)
-    parser.add_argument("--docs", type=pathlib.Path, help="write the tables there, count nothing")
-    parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
+    help = f"networks; `{SYNCHRONIZED}` after a name synchronises batch normalisation (%(default)s)"
+    add("--networks", nargs="+", default=networks, help=help)
+    help = "numbers of devices (%(default)s)"
+    add("--devices", nargs="+", type=int, default=[1, 2, 4], help=help)
+    add("--quick", action="store_true", help="count only for the perceptron on 2 devices")
+    # What this script calls itself with, in a process for each number of devices.
+    add("--rows", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

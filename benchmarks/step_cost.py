@@ -14,19 +14,16 @@ JSON files there between the markers of a Markdown file, without measuring. KERA
 the backend.
 """
 
-import argparse
+import functools
 import itertools
 import logging
-import pathlib
-import statistics
-import sys
-import time
 
 import keras
 import matplotlib
-import numpy as np
 import report as reports
 from machine import BACKEND, peak_memory, set_precision
+from models import NETWORKS, make, random_data
+from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -34,44 +31,14 @@ from keras_infomcr.regularizers import SubBatchPerturbation
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from networks import NETWORKS  # noqa: E402
-
 ALPHA, BETA = 1e-4, 10.0
 
 
-def mlp(num_classes=10):
-    """Return a perceptron of two hidden layers for 28 x 28 images."""
-    inputs = keras.Input((28, 28, 1))
-    x = keras.layers.Flatten()(inputs)
-    for _ in range(2):
-        x = keras.layers.Dense(512, "relu")(x)
-    return inputs, keras.layers.Dense(num_classes)(x)
-
-
-def make(name, jit, **options):
-    """Return a compiled model; without options a plain `keras.Model`."""
-    keras.utils.set_random_seed(0)
-    base = options.pop("base", RegularizedModel if options else keras.Model)
-    model = base(*(mlp if name == "mlp" else NETWORKS[name])())
-    if base is RegularizedModel:
-        options = {"regularizer": SubBatchPerturbation(ALPHA, BETA, **options)}
-    model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile=jit,
-        **options,
-    )
-    return model
-
-
-def literal(name, jit, count):
+def literal(name, count, **compile_options):
     """Return a plain model whose step is the paper's Algorithm 1, read to the letter."""
     import tensorflow as tf
 
-    twin = keras.Model(*(mlp if name == "mlp" else NETWORKS[name])())
+    twin = keras.Model(*NETWORKS[name]())
 
     class Literal(keras.Model):
         def train_step(self, data):
@@ -96,70 +63,61 @@ def literal(name, jit, count):
                 loss = tf.reduce_mean(self.loss(y, twin(x, training=True)))
             return tape.gradient(loss, twin.trainable_variables)
 
-    return make(name, jit, base=Literal)
+    return make(name, Literal, **compile_options)
 
 
-def make_models(name, jit, count):
+def make_models(name, count, **compile_options):
     """Yield the names of the kinds of steps, and models that take them."""
+    yield "plain", make(name, **compile_options)
     options = {"num_sub_batches": count}
-    kinds = {"plain": {}, "closed gate": options}
+    kinds = {"closed gate": options}
     for main in ("sub_batches", "full_batch"):
         kinds[main] = chosen = options | {"main_gradient": main}
         for part in (2, 4):
             kinds[f"{main}, M/{part} perturbed"] = chosen | {"num_perturbed": count // part}
         kinds[f"{main}, Hessian-vector product"] = chosen | {"estimator": "hessian_vector_product"}
     for label, arguments in kinds.items():
-        model = make(name, jit, **arguments)
-        if label == "closed gate":
-            model.regularizer_active = False
+        regularizer = SubBatchPerturbation(ALPHA, BETA, **arguments)
+        model = make(name, RegularizedModel, regularizer=regularizer, **compile_options)
+        model.regularizer_active = label != "closed gate"
         yield label, model
     if BACKEND == "tensorflow":
-        yield "literal", literal(name, jit, count)
+        yield "literal", literal(name, count, **compile_options)
 
 
 def measure(name, batch_size, count, jit, rounds, kinds=None):
     """Return the rows of one table: dictionaries with the figures of each model."""
-    rng = np.random.default_rng(0)
-    shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
-    x = rng.normal(size=(batch_size, *shape)).astype("float32")
-    y = rng.integers(10, size=batch_size).astype("int32")
-    make(name, jit).train_on_batch(x, y)  # what the framework does once
+    compile_options = {"jit_compile": jit, "metrics": ["accuracy"]}
+    model = make(name, **compile_options)
+    x, y = random_data(model, batch_size)
+    model.train_on_batch(x, y)  # so that no row contains what the framework does only once
     steps, first = {}, {}
-    for label, model in make_models(name, jit, count):
+    for label, model in make_models(name, count, **compile_options):
         if kinds and label not in kinds:
             continue
-        start = time.perf_counter()
-        model.train_on_batch(x, y)
-        first[label] = time.perf_counter() - start
-        model.train_on_batch(x, y)
-        steps[label] = model.train_on_batch
-    times = {label: [] for label in steps}
-    start = time.perf_counter()
-    while len(times["plain"]) < rounds or time.perf_counter() - start < 10:
-        for label, step in steps.items():
-            before = time.perf_counter()
-            step(x, y)
-            times[label].append(time.perf_counter() - before)
-    # The ratio of each round, whose steps see the same load of the machine.
-    ratios = {k: [t / p for t, p in zip(v, times["plain"])] for k, v in times.items()}
+        steps[label] = functools.partial(model.train_on_batch, x, y)
+        first[label] = seconds_of(steps[label])
+        steps[label]()  # the second call may still compile something
+    times = in_turn(steps, rounds, at_least=10)
+    seconds, ratios = median_seconds(times), median_ratios(times, "plain")
     return [
         {
             "network": name,
             "batch size": batch_size,
             "M": count,
             "step": label,
-            "seconds": statistics.median(times[label]),
-            "ratio": statistics.median(ratios[label]),
+            "seconds": seconds[label],
+            "ratio": ratios[label],
             "first call": first[label],
             "first call ratio": first[label] / first["plain"],
-            "peak MiB": peak_memory(lambda s=step: s(x, y)),
+            "peak MiB": peak_memory(step),
         }
         for label, step in steps.items()
     ]
 
 
 def key_of(row):
-    """Return what a table is of."""
+    """Return what all rows of one table have in common."""
     return row["network"], row["batch size"], row["M"]
 
 
@@ -171,7 +129,8 @@ def table(report):
         lines += [
             f"**{network}, batch {batch_size}, M = {count}** ({report['versions']})",
             "",
-            "| step | seconds | plain steps | first call, s | plain ones | peak, MiB |",
+            "| step | seconds | step time, times plain | first call, s | first call, times plain "
+            "| peak, MiB |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for r in report["rows"]:
@@ -201,26 +160,31 @@ def plot(report, path):
         bars = axis.barh([r["step"] for r in rows], [r["ratio"] for r in rows])
         axis.bar_label(bars, fmt="%.2f", padding=2)
         axis.margins(x=0.2)
-        axis.set(title="{}, batch {}, M = {}".format(*key), xlabel="plain steps")
+        axis.set(title="{}, batch {}, M = {}".format(*key), xlabel="step time, times plain")
     axes[0, 0].invert_yaxis()
     figure.savefig(path, dpi=120)
 
 
 def parse():
     """Return the settings from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reports.parser(__doc__)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2"]
-    add("--networks", nargs="+", choices=["mlp", *NETWORKS], default=networks)
-    add("--batch-sizes", type=int, nargs="+", default=[128, 512])
-    add("--num-sub-batches", type=int, nargs="+", default=[8, 16])
-    add("--steps", nargs="+", help="the rows of the tables, `plain` among them; all unless given")
-    add("--rounds", type=int, default=10, help="steps of each kind, at least (%(default)s)")
-    add("--jit", action="store_true", help="compile with XLA or torch.compile")
-    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
-    add("--quick", action="store_true", help="the perceptron, batch 128, M = 8, alone")
-    add("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
-    add("--docs", type=pathlib.Path, help="write the tables into this file, measure nothing")
+    help = "networks to measure (%(default)s)"
+    add("--networks", nargs="+", choices=NETWORKS, default=networks, help=help)
+    help = "numbers of examples in a batch (%(default)s)"
+    add("--batch-sizes", type=int, nargs="+", default=[128, 512], help=help)
+    help = "numbers M of sub-batches that a batch is cut into (%(default)s)"
+    add("--num-sub-batches", type=int, nargs="+", default=[8, 16], help=help)
+    help = "kinds of steps, by the names in the tables; `plain` must be one of them (all kinds)"
+    add("--steps", nargs="+", help=help)
+    help = "least number of timed steps of each kind; ten seconds are filled anyway (%(default)s)"
+    add("--rounds", type=int, default=10, help=help)
+    add("--jit", action="store_true", help="compile the steps with XLA or torch.compile")
+    help = "precision of matrix products and convolutions (%(default)s)"
+    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help=help)
+    help = "measure only the perceptron, with batches of 128 and M = 8"
+    add("--quick", action="store_true", help=help)
     settings = parser.parse_args()
     if settings.quick:
         settings.networks, settings.batch_sizes, settings.num_sub_batches = ["mlp"], [128], [8]
@@ -234,8 +198,9 @@ def main():
         reports.write_docs(settings.output, "step_cost", table, settings.docs)
         return
     set_precision(settings.precision)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # which warns of one trace for each model
-    jit = settings.jit or BACKEND == "jax"  # which has no other graphs
+    # TensorFlow warns of many traces, but each model needs one.
+    logging.getLogger("tensorflow").setLevel("ERROR")
+    jit = settings.jit or BACKEND == "jax"  # JAX compiles with XLA or not at all
     precision_and_jit = [settings.precision] + ["jit"] * settings.jit
     report, path = reports.load(settings.output, "step_cost", *precision_and_jit)
     cases = itertools.product(settings.networks, settings.batch_sizes, settings.num_sub_batches)

@@ -23,9 +23,9 @@ import textwrap
 import keras
 import matplotlib
 import numpy as np
+from images import digits
 from options import positive, use_true_float32
 from scipy.stats import kendalltau
-from sklearn.datasets import load_digits
 
 from keras_infomcr import flatness
 
@@ -72,15 +72,12 @@ BASELINE = "training loss"
 
 def load_data():
     """Return training and test images `[N, 8, 8, 1]`, pixels from -1 to 1, and labels `[N]`."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images = (images[order] / 8 - 1).reshape(-1, 8, 8, 1).astype("float32")
-    labels = labels[order].astype("int32")
+    images, labels = digits(seed=0)
     return (images[:NUM_TRAIN], labels[:NUM_TRAIN]), (images[NUM_TRAIN:], labels[NUM_TRAIN:])
 
 
 def shifted(images, generator):
-    """Return images of which each stays or moves by a pixel: up, down, left or right."""
+    """Return the images, each as it was or moved by a pixel: up, down, left or right."""
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-1)
     corners = np.array([(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)])[
         generator.integers(0, 5, len(images))
@@ -259,12 +256,13 @@ def plot(models, taus, path):
 def main():
     """Train and measure all networks, print the table and what it says, save the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=positive, default=100, help="of each run (%(default)s)")
-    help = "runs of each of the four settings (%(default)s)"
-    parser.add_argument("--seeds", type=positive, default=5, help=help)
-    parser.add_argument(
-        "--output", type=pathlib.Path, default="output", help="folder (%(default)s)"
-    )
+    add = parser.add_argument
+    help = "passes of each network over its training images (%(default)s)"
+    add("--epochs", type=positive, default=100, help=help)
+    help = "networks trained in each of the four ways, from different seeds (%(default)s)"
+    add("--seeds", type=positive, default=5, help=help)
+    help = "folder for the numbers and the picture (%(default)s)"
+    add("--output", type=pathlib.Path, default="output", help=help)
     arguments = parser.parse_args()
     use_true_float32()
     arguments.output.mkdir(parents=True, exist_ok=True)

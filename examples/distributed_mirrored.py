@@ -1,10 +1,11 @@
-"""Train on all GPUs of this machine, and show that it comes to the same as on one device.
+"""Train on all GPUs of this machine, and show that the losses are the same as on one device.
 
     python examples/distributed_mirrored.py
 
-Under `tf.distribute.MirroredStrategy` each replica takes its share of every batch, and of the
-sub-batches: the update is that of one device. Where there are no GPUs, two logical CPU devices
-stand in for them. The network, on digits, has batch normalisation over all replicas.
+Under `tf.distribute.MirroredStrategy` each replica takes its share of every batch and of its
+sub-batches, and the weights move as they would on one device. Where there are no GPUs, two logical
+CPU devices stand in for them. The network, trained on scikit-learn's digits, normalises each batch
+over all replicas. You will see the losses of each epoch side by side, and by how much they differ.
 """
 
 import argparse
@@ -17,9 +18,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
+from images import digits
 from keras import layers
 from options import positive, use_true_float32
-from sklearn.datasets import load_digits
 
 from keras_infomcr import RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -39,8 +40,7 @@ def make_strategy():
 
 def make_model():
     """Return the network, not compiled."""
-    inputs = keras.Input((64,))
-    x = layers.Reshape((8, 8, 1))(inputs)
+    inputs = x = keras.Input((8, 8, 1))
     for filters in (16, 32):
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.BatchNormalization(synchronized=True)(x)
@@ -51,9 +51,10 @@ def make_model():
 
 def train(strategy, num_replicas, epochs):
     """Return the training loss of each epoch, and the regulariser's value."""
-    x, y = load_digits(return_X_y=True)
-    x, y = (x / 16).astype("float32"), y.astype("int32")
+    x, y = digits(seed=0)
     batch_size = EXAMPLES_A_REPLICA * num_replicas
+    # Keras's own update depends on the number of replicas where that does not divide the batch, so
+    # the digits that would make a smaller last batch are left out.
     x, y = (a[: len(a) // batch_size * batch_size] for a in (x, y))
     keras.utils.set_random_seed(0)
     with strategy.scope():
@@ -61,14 +62,14 @@ def train(strategy, num_replicas, epochs):
         model.compile(
             keras.optimizers.SGD(0.1, momentum=0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            # A multiple of the number of replicas, each of which takes as many.
+            # All replicas take equally many, so their number must divide this one.
             regularizer=SubBatchPerturbation(
                 alpha=0.01, beta=1.0, num_sub_batches=SUB_BATCHES_A_REPLICA * num_replicas
             ),
         )
     drop = keras.callbacks.LearningRateScheduler(lambda e: 0.1 if e < epochs // 2 else 0.02)
     callbacks = [drop, StartRegAfterLRDrop()]
-    # The batch is that of all replicas together.
+    # The batch is shared among all replicas.
     fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
     return model.fit(x, y, epochs=epochs, callbacks=callbacks, **fit).history
 
@@ -76,7 +77,8 @@ def train(strategy, num_replicas, epochs):
 def main():
     """Train on all devices and on one, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=positive, default=10)
+    help = "passes over the digits; the learning rate falls after half of them (%(default)s)"
+    parser.add_argument("--epochs", type=positive, default=10, help=help)
     epochs = parser.parse_args().epochs
     use_true_float32()
     strategy = make_strategy()

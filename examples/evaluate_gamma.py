@@ -2,11 +2,11 @@
 
     python examples/evaluate_gamma.py output/plain/epoch-200.keras output/flat/epoch-200.keras
 
-Three gamma-hats are printed: the paper's (Eq. 6); the same with normalised logits, by which the
-paper compares runs with and without the regulariser; and that of the paper's code, which is half
-as large and puts batch normalisation in training mode on chunks of 10 images. (That code takes
-the first 10,000 training images, each once; here all trials draw at random.) Smaller is flatter;
-models compare at equal settings, and only if they have the same architecture.
+Three gamma-hats are printed: as the paper defines it (Eq. 6); with normalised logits, as the paper
+compares runs with and without the regulariser; and as the paper's code computes it, half as large,
+with batch normalisation in training mode on chunks of 10 images. (The paper's code takes the first
+10,000 training images, each once; here all trials draw at random.) Smaller is flatter. Compare only
+models of the same architecture, measured with equal settings.
 """
 
 import argparse
@@ -25,13 +25,16 @@ def parse(argv=None):
     """Return the models' paths and the settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("models", nargs="+", help=".keras files")
+    add("models", nargs="+", help="files of the models, as `model.save` writes them (.keras)")
     add_data(parser)
-    add("--num-examples", type=positive, default=100, help="N', images of a trial (%(default)s)")
-    add("--num-trials", type=positive, default=100, help="T, trials (%(default)s)")
-    help = "softmax scale where normalised (%(default)s)"
+    help = "images drawn for one trial of gamma-hat, the paper's N' (%(default)s)"
+    add("--num-examples", type=positive, default=100, help=help)
+    help = "trials that gamma-hat averages, the paper's T (%(default)s)"
+    add("--num-trials", type=positive, default=100, help=help)
+    help = "normalised logits are divided by their norm times this number (%(default)s)"
     add("--scale", type=positive_number, default=0.04, help=help)
-    add("--seed", type=int, default=0, help="of the draw of images (%(default)s)")
+    help = "seed that draws the images of the trials (%(default)s)"
+    add("--seed", type=int, default=0, help=help)
     settings = parser.parse_args(argv)
     for path in settings.models:
         if not pathlib.Path(path).is_file():

@@ -7,7 +7,8 @@ import zipfile
 import keras
 import numpy as np
 
-# Of CIFAR-10's training images, by channel; the InfoMCR code's constants.
+# Mean and standard deviation of each channel of CIFAR-10's training images, as the InfoMCR code
+# has them.
 MEAN = np.array([125.307, 122.95, 113.865], "float32")
 STANDARD_DEVIATION = np.array([62.9932, 62.0887, 66.7048], "float32")
 
@@ -26,6 +27,28 @@ class Images:
     x_test: np.ndarray
     y_test: np.ndarray
     num_classes: int
+
+
+def digits(seed=None):
+    """Return scikit-learn's 1,797 handwritten digits; nothing is downloaded.
+
+    Args:
+        seed: Integer, or a `numpy.random.Generator`, that draws their order. `None`: the order of
+            scikit-learn, in which neighbours are similar, for some were written by one hand.
+
+    Returns:
+        Tuple of images `[1797, 8, 8, 1]`, float32, pixels from -1 (paper) to 1 (ink) in steps of
+        an eighth; and labels `[1797]`, int32.
+    """
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 8 - 1).reshape(-1, 8, 8, 1).astype("float32")
+    labels = labels.astype("int32")
+    if seed is None:
+        return images, labels
+    order = np.random.default_rng(seed).permutation(len(images))
+    return images[order], labels[order]
 
 
 def normalize(images):
@@ -50,7 +73,7 @@ def load(source, num_train=None):
         ValueError: If arrays are missing or not as they must be, or are too few.
     """
     if source == "digits":
-        arrays = _digits()
+        arrays = _enlarged_digits()
     elif source in ("cifar10", "cifar100"):
         (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, source).load_data()
         arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
@@ -76,15 +99,10 @@ def load(source, num_train=None):
     )
 
 
-def _digits():
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    pixels = np.round(images[order] * (255 / 16)).astype("uint8").reshape(-1, 8, 8)
-    pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)
-    pixels = np.repeat(pixels[..., np.newaxis], 3, axis=-1)
-    labels = labels[order]
+def _enlarged_digits():
+    images, labels = digits(seed=0)
+    pixels = np.round((images + 1) * (255 / 2)).astype("uint8")
+    pixels = pixels.repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3)
     return dict(zip(KEYS, (pixels[:1000], labels[:1000], pixels[1000:], labels[1000:])))
 
 

@@ -1,4 +1,4 @@
-"""What the command lines of the scripts share."""
+"""Options that several scripts have, and checks of what is given for them."""
 
 import argparse
 
@@ -26,9 +26,10 @@ def positive_number(text):
 
 def add_data(parser):
     """Add the options that `load_images` takes."""
-    help = "cifar10, cifar100, digits or an npz file (%(default)s)"
+    help = "images: cifar10 or cifar100, which Keras downloads; digits, from scikit-learn; or the "
+    help += "path of an npz file with x_train, y_train, x_test and y_test (%(default)s)"
     parser.add_argument("--data", default="cifar10", help=help)
-    help = "training images to use, the first ones (all)"
+    help = "use only so many of the training images, the first ones (default: all)"
     parser.add_argument("--num-train", type=positive, help=help)
 
 

@@ -12,104 +12,22 @@ last checkpoint, along the trajectory of an uninterrupted run.
 
     python examples/train_cifar10.py --data digits --epochs 2 --output output/digits
 
-downloads nothing and takes a minute or so on two CPU cores.
+does not download anything and takes a minute or so on two CPU cores.
 """
 
-import argparse
 import contextlib
 import importlib.util
-import pathlib
 
 import keras
 import run_folder
-from augmentation import SCHEMES, training_batches
+from augmentation import training_batches
 from images import normalize
 from networks import NETWORKS
-from options import add_data, load_images, positive, use_true_float32
+from options import load_images, use_true_float32
+from training_settings import parse, regularized, segment
 
 from keras_infomcr import GammaHatCallback, RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.regularizers import SubBatchPerturbation
-
-# Whether the InfoMCR code regularises the epochs before the first fall of the learning rate, from
-# the first to the second, and after the second.
-SEGMENTS = ("111", "011", "001", "100", "010")
-
-
-def parse(argv=None):
-    """Return the settings of a run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add_data(parser)
-    add("--network", choices=NETWORKS, default="resnet-20", help="architecture (%(default)s)")
-    add("--l2", type=float, help="coefficient of the sum of squared weights (its paper's)")
-    add("--batch-size", type=positive, default=128, help="images in a batch (%(default)s)")
-    add("--epochs", type=positive, default=200, help="passes over the images (%(default)s)")
-    rates = [0.1, 0.02, 0.004, 0.0008]
-    add("--learning-rates", type=float, nargs="+", default=rates, help="by segment %(default)s")
-    help = "epochs after which a segment ends (3, 6 and 8 tenths of all)"
-    add("--boundaries", type=positive, nargs="*", help=help)
-    add("--augmentation", choices=SCHEMES, default="4-crop-f", help="of images (%(default)s)")
-    add("--keras-cv", action="store_true", help="augment with keras-cv's layers")
-    help = "segments to regularise, the last digit for all that follow; or when (%(default)s)"
-    add("--regularize", choices=("never", "after-drop", *SEGMENTS), default="011", help=help)
-    add("--alpha", type=float, default=1e-4, help="size of the perturbation (%(default)s)")
-    add("--beta", type=float, default=10.0, help="strength of the regulariser (%(default)s)")
-    add("--num-sub-batches", type=positive, default=8, help="M of the paper (%(default)s)")
-    gradients = ("auto", "full_batch", "sub_batches")
-    add("--main-gradient", choices=gradients, default="auto", help="its source (%(default)s)")
-    help = "epochs between measurements of gamma-hat, N' = 100, not normalised: follow one run by "
-    help += "it, and compare runs by the normalised one of evaluate_gamma.py (never)"
-    add("--gamma-every", type=positive, help=help)
-    add("--gamma-trials", type=positive, default=10, help="of each (%(default)s)")
-    add("--evaluate-every", type=positive, default=1, help="epochs between tests (%(default)s)")
-    add("--checkpoint-every", type=positive, default=10, help="likewise (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, batches, augmentation (%(default)s)")
-    add("--dtype", default="float32", help="policy, for example mixed_bfloat16 (%(default)s)")
-    add("--jit", choices=("auto", "on", "off"), default="auto", help="compile (%(default)s)")
-    add("--strategy", choices=("none", "mirrored"), default="none", help="of tf.distribute")
-    default = pathlib.Path("output/cifar10")
-    add("--output", type=pathlib.Path, default=default, help="folder (%(default)s)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    add("--verbose", type=int, choices=(0, 1, 2), default=1, help="as of `fit` (%(default)s)")
-    settings = parser.parse_args(argv)
-
-    if settings.boundaries is None:
-        settings.boundaries = [max(1, round(settings.epochs * share)) for share in (0.3, 0.6, 0.8)]
-    if sorted(settings.boundaries) != settings.boundaries:
-        parser.error(f"--boundaries must not decrease. Received: {settings.boundaries}")
-    if len(settings.learning_rates) != len(settings.boundaries) + 1:
-        parser.error(
-            "--learning-rates must be one more than --boundaries. "
-            f"Received: {settings.learning_rates} and {settings.boundaries}"
-        )
-    epochs = range(settings.epochs)
-    acts = settings.regularize == "never" or any(regularized(e, settings) for e in epochs)
-    if not acts:
-        parser.error(
-            "--regularize must leave an epoch to regularise. Received: --regularize "
-            f"{settings.regularize}, --epochs {settings.epochs}, --boundaries "
-            f"{settings.boundaries}. Take more epochs, or pass --regularize 111 to regularise all "
-            "of them, or --regularize never."
-        )
-    if settings.strategy == "mirrored" and keras.backend.backend() != "tensorflow":
-        parser.error(
-            "--strategy mirrored needs the TensorFlow backend. "
-            f"Received: KERAS_BACKEND={keras.backend.backend()}"
-        )
-    return settings
-
-
-def segment(epoch, settings):
-    """Return the number, from 0, of the learning rate's segment that an epoch is in."""
-    return sum(epoch >= boundary for boundary in settings.boundaries)
-
-
-def regularized(epoch, settings):
-    """Return whether an epoch follows a fall of the rate, or its segment's digit is 1."""
-    digits = settings.regularize
-    if digits == "after-drop":
-        return segment(epoch, settings) > 0
-    return digits[min(segment(epoch, settings), len(digits) - 1)] == "1"
 
 
 class RegularizeSegments(keras.callbacks.Callback):
@@ -151,7 +69,7 @@ def make_model(settings, images):
 
 
 def make_callbacks(settings, train_data):
-    """Return what steers and logs the run, in this order."""
+    """Return the callbacks that steer and log the run. Keras calls them in this order."""
     rates = settings.learning_rates
     callbacks = [
         keras.callbacks.LearningRateScheduler(lambda epoch: rates[segment(epoch, settings)])
@@ -209,7 +127,7 @@ def main(argv=None):
     every, epochs = settings.evaluate_every, settings.epochs
     model.fit(
         batches,
-        shuffle=False,  # they are
+        shuffle=False,  # `training_batches` shuffles
         steps_per_epoch=len(images.x_train) // settings.batch_size,
         initial_epoch=first_epoch,
         epochs=epochs,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, numpy, only_on, tensorflow
 from images import load, normalize
+from networks import NETWORKS, layers
 
 from keras_infomcr.flatness import gamma_hat
 
@@ -14,6 +15,7 @@ tensorflow()
 import evaluate_gamma  # noqa: E402
 import run_folder  # noqa: E402
 import train_cifar10  # noqa: E402
+import training_settings  # noqa: E402
 
 
 @pytest.fixture
@@ -29,13 +31,22 @@ def data(tmp_path, rng):
     return tmp_path / "data.npz"
 
 
+def tiny(input_shape, num_classes, l2=2.5e-4):
+    """Return a network of one convolution: it compiles soon, and the scripts see no difference."""
+    inputs = keras.Input(input_shape)
+    x = layers.batch_norm(layers.conv(inputs, 16, 3, l2=l2, fan="fan_in"), l2=l2)
+    initializer = layers.he_normal("fan_in")
+    return inputs, layers.logits(layers.relu(x), num_classes, l2=l2, initializer=initializer)
+
+
 @pytest.fixture
-def command(data, tmp_path):
+def command(data, tmp_path, monkeypatch):
     """Return the arguments of a short run into the folder `tmp_path/name`."""
+    monkeypatch.setitem(NETWORKS, "tiny", tiny)
 
     def make(name, *options):
         return [
-            *("--data", str(data), "--network", "plain-cnn", "--batch-size", "32"),
+            *("--data", str(data), "--network", "tiny", "--batch-size", "32"),
             *("--learning-rates", "0.01", "0.005", "--boundaries", "1", "--epochs", "4"),
             *("--num-sub-batches", "2", "--checkpoint-every", "2", "--verbose", "0"),
             *("--output", str(tmp_path / name), *options),
@@ -132,7 +143,7 @@ def test_the_last_checkpoint_is_that_of_the_latest_epoch(command, data, tmp_path
     train_cifar10.main(arguments)
     for epoch in (999, 1000):
         shutil.copy(tmp_path / "run/epoch-001.keras", tmp_path / f"run/epoch-{epoch:03d}.keras")
-    settings = train_cifar10.parse([*arguments, "--resume"])
+    settings = training_settings.parse([*arguments, "--resume"])
     assert run_folder.prepare(settings, train_cifar10.make_model(settings, load(data))) == 1000
 
 
@@ -158,7 +169,7 @@ def test_a_diverged_run_is_reported(command, tmp_path, capsys):
 def test_results_are_those_of_the_last_checkpoint(command, data, tmp_path, capsys):
     train_cifar10.main(command("run", "--gamma-every", "3", "--gamma-trials", "2"))
     report = json.loads((tmp_path / "run/results.json").read_text())
-    assert report["settings"]["network"] == "plain-cnn"
+    assert report["settings"]["network"] == "tiny"
     assert report["versions"]["keras"] == keras.__version__
     assert BACKEND in report["versions"]
     assert (tmp_path / "run/curves.png").stat().st_size > 0
@@ -186,7 +197,7 @@ def gate(pattern, epoch):
     return callback.model.regularizer_active
 
 
-@pytest.mark.parametrize("pattern", train_cifar10.SEGMENTS)
+@pytest.mark.parametrize("pattern", training_settings.SEGMENTS)
 def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
     # [0, 60), [60, 120), [120, 200], in epochs from 0.
     for digit, epochs in zip(pattern, [(0, 59), (60, 119), (120, 160, 199)]):
@@ -194,13 +205,13 @@ def test_patterns_regularise_the_segments_of_the_infomcr_code(pattern):
 
 
 def test_boundaries_scale_with_the_epochs():
-    assert train_cifar10.parse([]).boundaries == [60, 120, 160]
-    assert train_cifar10.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
-    assert train_cifar10.parse(["--epochs", "2"]).boundaries == [1, 1, 2]
+    assert training_settings.parse([]).boundaries == [60, 120, 160]
+    assert training_settings.parse(["--epochs", "20"]).boundaries == [6, 12, 16]
+    assert training_settings.parse(["--epochs", "2"]).boundaries == [1, 1, 2]
 
 
 def test_settings_reach_the_model(tmp_path, data):
-    settings = train_cifar10.parse(
+    settings = training_settings.parse(
         [
             *("--alpha", "0.5", "--beta", "3", "--num-sub-batches", "4"),
             *("--main-gradient", "full_batch", "--l2", "0.25", "--jit", "off"),
@@ -223,7 +234,7 @@ def test_settings_reach_the_model(tmp_path, data):
 
 
 def test_never_is_a_plain_network(data):
-    model = train_cifar10.make_model(train_cifar10.parse(["--regularize", "never"]), load(data))
+    model = train_cifar10.make_model(training_settings.parse(["--regularize", "never"]), load(data))
     assert model.regularizer is None
 
 
@@ -264,13 +275,13 @@ def test_a_finished_run_may_be_resumed(command, tmp_path):
 )
 def test_wrong_settings_get_clear_errors(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        train_cifar10.parse(arguments)
+        training_settings.parse(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_one_epoch_can_be_regularised_from_its_first_step_or_never():
     for rule in ("111", "100", "never"):
-        assert train_cifar10.parse(["--epochs", "1", "--regularize", rule]).epochs == 1
+        assert training_settings.parse(["--epochs", "1", "--regularize", rule]).epochs == 1
 
 
 @pytest.mark.parametrize("script", [train_cifar10, evaluate_gamma])
@@ -315,7 +326,7 @@ def test_wrong_settings_of_the_comparison_get_clear_errors(arguments, message, c
 @only_on("jax", "torch", reason="TensorFlow has it")
 def test_mirrored_strategy_needs_tensorflow(capsys):
     with pytest.raises(SystemExit):
-        train_cifar10.parse(["--strategy", "mirrored"])
+        training_settings.parse(["--strategy", "mirrored"])
     assert f"needs the TensorFlow backend. Received: KERAS_BACKEND={BACKEND}" in (
         capsys.readouterr().err
     )
