@@ -27,8 +27,9 @@ import report as reports
 from machine import BACKEND, peak_memory, set_precision
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.objective import Objective
 
 matplotlib.use("Agg")
@@ -74,9 +75,17 @@ def plain(model, x, y):
 
 def ours(model, x, y):
     """Return a function that measures gamma-hat."""
-    settings = checked_settings(num_examples=len(x), num_trials=1, seed=0)
-    estimator = GammaHatEstimator(model, x, y, **settings)
-    return lambda: GammaHat.of(estimator.measure()).value
+    settings = TrialSettings(
+        num_examples=len(x),
+        num_trials=1,
+        training=False,
+        chunk_size=None,
+        normalize_softmax=False,
+        softmax_scale=0.04,
+        seed=0,
+    )
+    estimator = GammaHatEstimator(model, x, y, settings)
+    return lambda: GammaHat.of_parts(estimator.measure()).value
 
 
 class Literal:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,8 +16,9 @@ from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.loss.example_values import kind_of_loss
 from keras_infomcr.flatness.loss.logits import predict_with_logits
 from keras_infomcr.flatness.running.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.running.compiled_for import compiled_for
 from keras_infomcr.flatness.running.progress import progress_bar
-from keras_infomcr.flatness.running.shared import end_of_checks, shared
+from keras_infomcr.flatness.running.shared import end_of_checks
 from keras_infomcr.objective import Objective
 
 
@@ -70,14 +72,15 @@ def input_jacobian_norm(
     """
     validation.one_of("spectral", "frobenius", norm=norm)
     check_sampling(num_examples, 1, batch_size, seed, verbose)
+    check_compiled(model)
+    check_built(model)
     if y is None and (isinstance(x, dict) or hasattr(x, "__array__")):
-        y = np.zeros(len(keras.tree.flatten(x)[0]))
-    jacobian = shared("input_jacobian", lambda: InputJacobian(model), model)
+        y = np.zeros(len(keras.tree.flatten(x)[0]))  # labels of arrays are checked, not used
     (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
     samples = []
     with progress_bar(None, verbose) as progress:
         for inputs, _ in data:
-            grams = jacobian.grams(inputs)
+            grams = _input_jacobian(model, inputs).grams(inputs)
             if norm == "spectral":
                 samples.append(spectral_norms(grams))
             else:
@@ -86,32 +89,25 @@ def input_jacobian_norm(
     return Estimate.of(np.concatenate(samples))
 
 
+def _input_jacobian(model: keras.Model, x: Any) -> "InputJacobian":
+    """Return the `InputJacobian` that is kept for a model and a structure of inputs."""
+    structure = keras.tree.map_structure(lambda a: f"{a.dtype}{a.shape[1:]}", x)
+    key = "input_jacobian", repr(structure)
+    return compiled_for(model, key, lambda: InputJacobian(model, x))
+
+
 class InputJacobian:
     """The Jacobians of the probabilities by the inputs.
 
     Args:
         model: A compiled and built `keras.Model`.
+        x: Structure of NumPy arrays `[B, ...]`, inputs of the kind that it will be asked for.
+
+    Raises:
+        TypeError: If an input holds integers.
     """
 
-    def __init__(self, model):
-        check_compiled(model)
-        check_built(model)
-        self.model = model
-        self._objective = Objective(model)
-        self._lock = threading.Lock()
-        # An example's own row is the derivative of the batch's sum: in inference none sees others.
-        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
-        self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
-
-    def grams(self, x):
-        """Return J J^T of each example.
-
-        Args:
-            x: Structure of NumPy arrays `[B, ...]`.
-
-        Returns:
-            Float64 array `[B, K, K]`.
-        """
+    def __init__(self, model: keras.Model, x: Any):
         inputs = keras.tree.flatten(x)
         kinds = [a.dtype.name for a in inputs if a.dtype.kind in "iub"]
         if kinds:
@@ -120,9 +116,29 @@ class InputJacobian:
                 f"Received: x of dtype {kinds[0]}. Cast images, or measure from embeddings on."
             )
         end_of_checks()
-        context = self._objective.weights(), self._objective.state()
-        tensors = [ops.convert_to_tensor(a) for a in inputs]
+        self.model = model
+        self._objective = Objective(model)
         self._structure = keras.tree.map_structure(lambda a: 0, x)
+        self._lock = threading.Lock()
+        # An example's own row is the derivative of the batch's sum: in inference none sees others.
+        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
+        self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
+        # What the model ends in, one example tells, before a framework traces.
+        first = [ops.convert_to_tensor(a[:1]) for a in inputs]
+        self._slopes = self._values_and_slopes(first, self._context())[1]
+
+    def grams(self, x: Any) -> np.ndarray:
+        """Return J J^T of each example.
+
+        Args:
+            x: Structure of NumPy arrays `[B, ...]`.
+
+        Returns:
+            Float64 array `[B, K, K]`.
+        """
+        end_of_checks()
+        context = self._context()
+        tensors = [ops.convert_to_tensor(a) for a in keras.tree.flatten(x)]
         device = backend.devices(self.model)[0]
         _, rows = backend.on_device(device, self._rows, tensors, context)
         rows = [ops.convert_to_numpy(r) for r in rows]
@@ -134,30 +150,40 @@ class InputJacobian:
         slopes = self._slopes(logits.astype("float64"))
         return slopes @ grams @ slopes
 
-    def _sums(self, inputs, context):
+    def _context(self) -> tuple[list, list]:
+        return self._objective.weights(), self._objective.state()
+
+    def _sums(self, inputs: list, context: tuple[list, list]) -> Any:
         return ops.cast(ops.sum(self._values(inputs, context), axis=0), backend.widest_float())
 
-    def _values(self, inputs, context):
-        """Return the logits of classes, else the outputs, `[B, K]`.
+    def _values(self, inputs: list, context: tuple[list, list]) -> Any:
+        return self._values_and_slopes(inputs, context)[0]
 
-        The slope of a probability near 1 is lost in float32, that of its logit is not.
+    def _values_and_slopes(
+        self, inputs: list, context: tuple[list, list]
+    ) -> tuple[Any, Callable | None]:
+        """Return the logits of classes and the function that gives their probabilities' slopes.
+
+        The slope of a probability near 1 is lost in float32, the slope of its logit is not. If
+        the logits are not known, return the outputs, `[B, K]`, and `None`.
         """
         x = keras.tree.pack_sequence_as(self._structure, inputs)
         with self._lock, self._objective.at(*context, False) as (predict, _):
             outputs, logits = predict_with_logits(self.model, predict, x)
         loss, kind = kind_of_loss(self.model, outputs)
-        values, self._slopes = keras.tree.flatten(outputs), None
+        values, slopes = keras.tree.flatten(outputs), None
         if kind:
             from_logits = getattr(loss, "from_logits", False)
             logits = values[0] if from_logits else logits.of(values[0], kind)
         if kind == "categorical" and logits is not None and len(logits.shape) > 2:
-            values = [ops.softmax(logits)]
+            values = [ops.softmax(logits)]  # of each position, one position beside the other
         elif kind and logits is not None:
-            values, self._slopes = [logits], _SLOPES[kind]
-        return ops.concatenate([ops.reshape(v, (ops.shape(v)[0], -1)) for v in values], axis=1)
+            values, slopes = [logits], _SLOPES[kind]
+        flat = [ops.reshape(v, (ops.shape(v)[0], -1)) for v in values]
+        return ops.concatenate(flat, axis=1), slopes
 
 
-def _slopes_of_softmax(logits):
+def _slopes_of_softmax(logits: np.ndarray) -> np.ndarray:
     """Return diag p - p p^T of each example."""
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
@@ -168,7 +194,7 @@ def _slopes_of_softmax(logits):
     return slopes
 
 
-def _slopes_of_sigmoid(logits):
+def _slopes_of_sigmoid(logits: np.ndarray) -> np.ndarray:
     """Return p (1 - p) of each example."""
     return np.exp(-np.logaddexp(0, logits) - np.logaddexp(0, -logits))[:, :, None]
 
