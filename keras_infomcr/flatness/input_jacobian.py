@@ -15,10 +15,11 @@ from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.loss.example_values import kind_of_loss
 from keras_infomcr.flatness.loss.logits import predict_with_logits
-from keras_infomcr.flatness.running.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.loss.measured_loss import resolved_loss
+from keras_infomcr.flatness.running.checks import check_built, check_sampling
 from keras_infomcr.flatness.running.compiled_for import compiled_for
+from keras_infomcr.flatness.running.only_checking import end_of_checks
 from keras_infomcr.flatness.running.progress import progress_bar
-from keras_infomcr.flatness.running.shared import end_of_checks
 from keras_infomcr.objective import Objective
 
 
@@ -29,8 +30,9 @@ def input_jacobian_norm(
     *,
     norm: str = "spectral",
     num_examples: int | None = None,
-    batch_size: int = 128,
+    chunk_size: int = 128,
     seed: int | None = None,
+    loss: Any = None,
     verbose: int = 0,
 ) -> Estimate:
     """Compute the mean squared norm of the Jacobian of the softmax output by the input.
@@ -51,9 +53,11 @@ def input_jacobian_norm(
             `"spectral"`.
         num_examples: Integer, at least 1: so many examples are drawn; or `None`: all are
             measured. Defaults to `None`.
-        batch_size: Integer, at least 1: examples that go through the model together. The
+        chunk_size: Integer, at least 1: examples that go through the model together. The
             Jacobians of a batch are held in memory, K times its size. Defaults to 128.
         seed: Integer or `None`, of the draw of examples. Defaults to a new draw each time.
+        loss: As for `hessian_trace`. It says whether the outputs are probabilities or logits.
+            Defaults to the compiled loss.
         verbose: 0 or 1. With 1, a progress bar counts the batches. Defaults to 0.
 
     Returns:
@@ -71,16 +75,16 @@ def input_jacobian_norm(
     ```
     """
     validation.one_of("spectral", "frobenius", norm=norm)
-    check_sampling(num_examples, 1, batch_size, seed, verbose)
-    check_compiled(model)
+    check_sampling(num_examples, 1, chunk_size, seed, verbose)
+    loss_bearer = resolved_loss(model, loss)
     check_built(model)
     if y is None and (isinstance(x, dict) or hasattr(x, "__array__")):
         y = np.zeros(len(keras.tree.flatten(x)[0]))  # labels of arrays are checked, not used
-    (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
+    (data,) = trial_batches(x, y, num_examples, 1, chunk_size, seed)
     samples = []
     with progress_bar(None, verbose) as progress:
         for inputs, _ in data:
-            grams = _input_jacobian(model, inputs).grams(inputs)
+            grams = _input_jacobian(model, loss_bearer, inputs).grams(inputs)
             if norm == "spectral":
                 samples.append(spectral_norms(grams))
             else:
@@ -89,25 +93,26 @@ def input_jacobian_norm(
     return Estimate.of(np.concatenate(samples))
 
 
-def _input_jacobian(model: keras.Model, x: Any) -> "InputJacobian":
+def _input_jacobian(model: keras.Model, loss_bearer: keras.Model, x: Any) -> "InputJacobian":
     """Return the `InputJacobian` that is kept for a model and a structure of inputs."""
     structure = keras.tree.map_structure(lambda a: f"{a.dtype}{a.shape[1:]}", x)
-    key = "input_jacobian", repr(structure)
-    return compiled_for(model, key, lambda: InputJacobian(model, x))
+    key = "input_jacobian", repr(structure), loss_bearer
+    return compiled_for(model, key, lambda: InputJacobian(model, loss_bearer, x))
 
 
 class InputJacobian:
     """The Jacobians of the probabilities by the inputs.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`.
+        loss_bearer: What `resolved_loss` returns for the model.
         x: Structure of NumPy arrays `[B, ...]`, inputs of the kind that it will be asked for.
 
     Raises:
         TypeError: If an input holds integers.
     """
 
-    def __init__(self, model: keras.Model, x: Any):
+    def __init__(self, model: keras.Model, loss_bearer: keras.Model, x: Any):
         inputs = keras.tree.flatten(x)
         kinds = [a.dtype.name for a in inputs if a.dtype.kind in "iub"]
         if kinds:
@@ -116,7 +121,8 @@ class InputJacobian:
                 f"Received: x of dtype {kinds[0]}. Cast images, or measure from embeddings on."
             )
         end_of_checks()
-        self.model = model
+        self._model = model
+        self._loss_bearer = loss_bearer
         self._objective = Objective(model)
         self._structure = keras.tree.map_structure(lambda a: 0, x)
         self._lock = threading.Lock()
@@ -139,7 +145,7 @@ class InputJacobian:
         end_of_checks()
         context = self._context()
         tensors = [ops.convert_to_tensor(a) for a in keras.tree.flatten(x)]
-        device = backend.devices(self.model)[0]
+        device = backend.devices(self._model)[0]
         _, rows = backend.on_device(device, self._rows, tensors, context)
         rows = [ops.convert_to_numpy(r) for r in rows]
         flat = [r.reshape(*r.shape[:2], math.prod(r.shape[2:])).swapaxes(0, 1) for r in rows]
@@ -169,8 +175,8 @@ class InputJacobian:
         """
         x = keras.tree.pack_sequence_as(self._structure, inputs)
         with self._lock, self._objective.at(*context, False) as (predict, _):
-            outputs, logits = predict_with_logits(self.model, predict, x)
-        loss, kind = kind_of_loss(self.model, outputs)
+            outputs, logits = predict_with_logits(self._model, predict, x)
+        loss, kind = kind_of_loss(self._loss_bearer, outputs)
         values, slopes = keras.tree.flatten(outputs), None
         if kind:
             from_logits = getattr(loss, "from_logits", False)

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.per_example.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
 
@@ -113,9 +113,11 @@ def gamma_hat(
         chunk_size: Integer, at least 1, or `None`: examples that go through the model together.
             With `training=False` it does not change the result. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to a new draw each time.
-        loss: A `keras.losses.Loss`, its name, or a function of `(y_true, y_pred)`, to be measured
-            instead of the compiled loss. Models with a `train_step` or `compute_loss` of their
-            own, such as autoencoders, need it. Defaults to the compiled loss.
+        loss: What to measure in place of the compiled loss: a loss of Keras, its name, a function
+            of `(y_true, y_pred)`, or a structure of these like the outputs. With it a model can
+            be measured that is not compiled, or whose `train_step` or `compute_loss` is its own.
+            Pass the same function again rather than a new `lambda`, for which all is compiled
+            anew. Defaults to the compiled loss.
         verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
 
     Returns:
@@ -146,4 +148,4 @@ def gamma_hat(
         seed=seed,
         loss=loss,
     )
-    return GammaHat.of_parts(shared_estimator(model, x, y, settings).measure(verbose))
+    return GammaHat.of_parts(GammaHatEstimator(model, x, y, settings).measure(verbose))

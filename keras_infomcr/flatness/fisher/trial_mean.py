@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.per_example.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.flatness.running.checks import warn
 
@@ -33,7 +33,7 @@ def trial_mean(
     """
     validation.integer(minimum=1, num_trials=settings.num_trials)  # "auto" is gamma-hat's alone
     validation.one_of(0, 1, verbose=verbose)
-    estimator = shared_estimator(model, x, y, settings)
+    estimator = GammaHatEstimator(model, x, y, settings)
     samples = estimator.measure_matrices(statistic, verbose) / settings.num_examples
     limits = np.finfo("float64")
     if np.max(samples) < limits.tiny / limits.eps:

@@ -15,24 +15,22 @@ from keras_infomcr.flatness.loss.example_values import (
     has_cross_entropy,
     warn_of_inverted_probabilities,
 )
+from keras_infomcr.flatness.loss.measured_loss import resolved_loss
 from keras_infomcr.flatness.per_example.model_trial_grams import model_trial_grams
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
-from keras_infomcr.flatness.running.checks import MisfitWarning, check_built, check_compiled, warn
+from keras_infomcr.flatness.running.checks import (
+    check_built,
+    check_compiled,
+    misfit_warning,
+    warn,
+)
+from keras_infomcr.flatness.running.only_checking import end_of_checks
 from keras_infomcr.flatness.running.progress import progress_bar
-from keras_infomcr.flatness.running.shared import end_of_checks, shared
 from keras_infomcr.labels import check_labels
 from keras_infomcr.objective import Objective
 
 # With `num_trials="auto"`.
 _FEWEST_TRIALS, _MOST_TRIALS = 5, 100
-
-
-def shared_estimator(
-    model: keras.Model, x: Any, y: Any, settings: TrialSettings
-) -> "GammaHatEstimator":
-    """Return a `GammaHatEstimator`, the one that `sharing` keeps for these data and settings."""
-    name = "gamma_hat", settings
-    return shared(name, lambda: GammaHatEstimator(model, x, y, settings), model, x, y)
 
 
 class GammaHatEstimator:
@@ -49,13 +47,13 @@ class GammaHatEstimator:
     """
 
     def __init__(self, model: keras.Model, x: Any, y: Any, settings: TrialSettings):
-        check_compiled(model)
+        check_compiled(model, settings.loss)
         self.model = model
         self._settings = settings
         self._draw_trials(x, y)
         self._grams = None
         self._warned = self._warned_of_loss = False
-        self._misfit_warning = MisfitWarning()
+        self._misfit_warning = misfit_warning()
 
     def _draw_trials(self, x: Any, y: Any) -> None:
         num_examples, count = self._settings.num_examples, self._settings.num_trials
@@ -71,8 +69,9 @@ class GammaHatEstimator:
     def prepare(self) -> None:
         """Check that the model is built, and the labels against its loss and outputs."""
         check_built(self.model)
-        grams = model_trial_grams(self.model, self._x, self._y, self._settings)
-        check_labels(self.model, self._y, grams.outputs)
+        self._loss_bearer = resolved_loss(self.model, self._settings.loss)
+        grams = model_trial_grams(self.model, self._loss_bearer, self._x, self._y, self._settings)
+        check_labels(self._loss_bearer, self._y, grams.outputs)
         self._labels = grams.values.labels(self._y, grams.outputs)
         if grams.values.inverts:
             warn_of_inverted_probabilities()
@@ -80,13 +79,13 @@ class GammaHatEstimator:
 
     def warn_of_other_losses(self) -> None:
         """Warn, once, of a loss that makes gamma-hat another quantity than the paper's."""
-        if self._warned_of_loss or has_cross_entropy(self.model):
+        if self._warned_of_loss or has_cross_entropy(self._loss_bearer):
             return
         self._warned_of_loss = True
         warn(
             "The loss is no cross-entropy, so that gamma_hat is ln|J J^T| of the gradients of the "
             "loss itself. It is no gamma-hat of a classifier, and does not compare with one. "
-            f"Received: loss={self.model.loss!r}"
+            f"Received: loss={self._loss_bearer.loss!r}"
         )
 
     def measure(self, verbose: int = 0) -> np.ndarray:

@@ -16,11 +16,14 @@ from keras_infomcr.labels import check_labels
 from keras_infomcr.objective import Objective
 
 
-def model_trial_grams(model: keras.Model, x: Any, y: Any, settings: TrialSettings) -> TrialGrams:
+def model_trial_grams(
+    model: keras.Model, loss_bearer: keras.Model, x: Any, y: Any, settings: TrialSettings
+) -> TrialGrams:
     """Return what computes the Gram matrices of trials, compiled once for data of this form.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`.
+        loss_bearer: What `resolved_loss` returns for the model.
         x: Structure of NumPy arrays `[N, ...]`.
         y: Structure of NumPy arrays `[N, ...]`, the labels.
         settings: `TrialSettings`.
@@ -30,24 +33,26 @@ def model_trial_grams(model: keras.Model, x: Any, y: Any, settings: TrialSetting
     """
     # Not the number of examples in the data, which may be others in the next call.
     form = keras.tree.map_structure(lambda a: f"{a.dtype}{a.shape[1:]}", (x, y))
-    key = "trial_grams", repr(form), settings.compiled_key
-    return compiled_for(model, key, lambda: _make(model, x, y, settings))
+    key = "trial_grams", repr(form), settings.compiled_key, loss_bearer
+    return compiled_for(model, key, lambda: _make(model, loss_bearer, x, y, settings))
 
 
-def _make(model: keras.Model, x: Any, y: Any, settings: TrialSettings) -> TrialGrams:
+def _make(
+    model: keras.Model, loss_bearer: keras.Model, x: Any, y: Any, settings: TrialSettings
+) -> TrialGrams:
     taps = Taps(model)
     outputs, logits = _predict(model, taps, x, 1)
     # Here already, for the labels of the first two examples are evaluated below.
-    check_labels(model, y, outputs)
-    build_compiled_loss(model, y, outputs)
+    check_labels(loss_bearer, y, outputs)
+    build_compiled_loss(loss_bearer, y, outputs)
     normalization = settings.normalize_softmax, settings.softmax_scale
-    values = example_values(model, outputs, logits, *normalization)
+    values = example_values(loss_bearer, outputs, logits, *normalization)
     labels = values.labels(y, outputs)
     other_loss = isinstance(values, ExampleLoss)
     if settings.training and other_loss:
         raise ValueError(
             "`training` must be `False` unless the loss is a cross-entropy of one output. "
-            f"Received: training=True and loss={model.loss!r}"
+            f"Received: training=True and loss={loss_bearer.loss!r}"
         )
     one_by_one = (
         settings.training

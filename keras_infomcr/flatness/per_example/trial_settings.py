@@ -66,7 +66,6 @@ class TrialSettings:
 
     @property
     def compiled_key(self) -> tuple:
-        """What functions are compiled for, of the settings: not the draw of examples."""
-        normalization = self.normalize_softmax and self.softmax_scale
-        sizes = self.num_examples, self.examples_together
-        return self.training, *sizes, normalization, self.loss
+        """The settings that what is compiled depends on, as the draw of examples is not."""
+        scale = self.softmax_scale if self.normalize_softmax else None
+        return self.num_examples, self.examples_together, self.training, scale
