@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from measuring import Quadratic, assert_untouched, kinds_of_data
-from test_gamma_hat import NUM_CLASSES, sequential
+from nets import NUM_CLASSES, sequential
 
 from keras_infomcr.flatness import adaptive_sharpness
 from keras_infomcr.flatness.running.shared import sharing

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from frameworks import numpy
 from measuring import Quadratic, assert_untouched, kinds_of_data
-from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
+from nets import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
 from keras_infomcr.flatness import local_energy
 from keras_infomcr.flatness.data.examples import Batches

@@ -11,7 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 from measuring import Quadratic, assert_untouched, kinds_of_data, softmax
-from test_gamma_hat import NUM_CLASSES, classifier, sequential
+from nets import NUM_CLASSES, classifier, sequential
 
 from keras_infomcr.flatness import local_entropy, local_entropy_gradient_norm
 from keras_infomcr.flatness.running.shared import sharing

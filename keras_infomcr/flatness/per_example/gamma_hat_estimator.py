@@ -170,8 +170,8 @@ class GammaHatEstimator:
         if not copies:
             return ""
         return (
-            f" The data hold {copies} copies of other examples among their {self._size}: keep "
-            "the first of each, `np.unique(x, axis=0, return_index=True)[1]`."
+            f" The data hold {copies} copies of other examples among their {self._size}: keep the "
+            "first of each, whose indices are `np.unique(x, axis=0, return_index=True)[1]`."
         )
 
     def _is_enough(self, parts: list[tuple[float, float]]) -> bool:
