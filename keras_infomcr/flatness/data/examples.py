@@ -69,7 +69,7 @@ def num_copies(x):
     return size - len({tuple(a[i].tobytes() for a in arrays) for i in range(size)})
 
 
-def trial_batches(x, y, num_examples, num_trials, batch_size, seed):
+def trial_batches(x, y, num_examples, num_trials, chunk_size, seed):
     """Return the data of each trial.
 
     Args:
@@ -77,18 +77,18 @@ def trial_batches(x, y, num_examples, num_trials, batch_size, seed):
         y: As for `read_examples`.
         num_examples: Integer, the examples of a trial, or `None`: one trial of all of the data.
         num_trials: Integer, at least 1.
-        batch_size: Integer, at least 1.
+        chunk_size: Integer, at least 1.
         seed: Integer or `None`.
 
     Returns:
         List of `Batches`.
     """
     if num_examples is None:
-        return [Batches(x, y, batch_size)]
+        return [Batches(x, y, chunk_size)]
     x, y = read_examples(x, y, limit=num_examples * num_trials)
     size = len(keras.tree.flatten(x)[0])
     return [
-        Batches(*keras.tree.map_structure(lambda a, rows=rows: a[rows], (x, y)), batch_size)
+        Batches(*keras.tree.map_structure(lambda a, rows=rows: a[rows], (x, y)), chunk_size)
         for rows in draw_trials(size, num_examples, num_trials, seed)
     ]
 
@@ -99,14 +99,14 @@ class Batches:
     Args:
         x: As for `read_examples`; batches must be iterable more than once.
         y: As for `read_examples`.
-        batch_size: Integer, at least 1. Batches that the data come in stay as they are.
+        chunk_size: Integer, at least 1. Batches that the data come in stay as they are.
 
     Raises:
         TypeError: As `read_examples`; for batches, when they are read.
         ValueError: As `read_examples`, and if `x` can be read once only.
     """
 
-    def __init__(self, x, y, batch_size):
+    def __init__(self, x, y, chunk_size):
         self._batches = None
         if _gives_batches(x, y):
             if hasattr(x, "__next__") or _is_endless(x):
@@ -117,7 +117,7 @@ class Batches:
             self._batches = x
         else:
             self._x, self._y = _checked(x, y)
-            self._batch_size = batch_size
+            self._chunk_size = chunk_size
 
     def __iter__(self):
         if self._batches is not None:
@@ -127,8 +127,8 @@ class Batches:
             if batch is None:
                 raise ValueError("The data must not be empty. Received: no batch")
             return
-        for start in range(0, len(keras.tree.flatten(self._x)[0]), self._batch_size):
-            rows = slice(start, start + self._batch_size)
+        for start in range(0, len(keras.tree.flatten(self._x)[0]), self._chunk_size):
+            rows = slice(start, start + self._chunk_size)
             yield keras.tree.map_structure(lambda a: a[rows], (self._x, self._y))  # noqa: B023
 
 
