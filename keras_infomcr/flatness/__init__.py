@@ -2,14 +2,12 @@
 
 from keras_infomcr.flatness import plot
 from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.fisher.frobenius_norm import fisher_frobenius_norm
 from keras_infomcr.flatness.fisher.gamma import Gamma, gamma
 from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, gamma_hat
 from keras_infomcr.flatness.fisher.gamma_hat_by_layer import GammaHatByLayer, gamma_hat_by_layer
-from keras_infomcr.flatness.fisher.norms import (
-    fisher_frobenius_norm,
-    fisher_spectral_radius,
-    fisher_trace,
-)
+from keras_infomcr.flatness.fisher.spectral_radius import fisher_spectral_radius
+from keras_infomcr.flatness.fisher.trace import fisher_trace
 from keras_infomcr.flatness.hessian.frobenius_norm import hessian_frobenius_norm
 from keras_infomcr.flatness.hessian.operator import Hessian
 from keras_infomcr.flatness.hessian.results import SpectralDensity, SpectralRadius, TopEigenvalues

@@ -112,7 +112,7 @@ def made(stack):
 
 
 def estimator_of(model, data):
-    return GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    return GammaHatEstimator(model, *data, trial_settings(num_examples=4, num_trials=1))
 
 
 @pytest.mark.parametrize(

@@ -46,16 +46,21 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     if not categorical and not binary:
         return ExampleLoss(model)
     from_logits = getattr(loss, "from_logits", False)
-    if not from_logits and logits.of(_only(outputs), kind) is None:
-        warn(
-            "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
-            "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
-            "for one output. Let the model return logits and compile it with a loss with "
-            "`from_logits=True` if that is wrong."
-        )
+    inverts = not from_logits and logits.of(_only(outputs), kind) is None
     if binary:
-        return BinaryLogOdds(from_logits)
-    return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
+        return BinaryLogOdds(from_logits, inverts)
+    scale = softmax_scale if normalize_softmax else None
+    return CategoricalLogOdds(from_logits, inverts, _only(outputs).shape[-1], scale)
+
+
+def warn_of_inverted_probabilities() -> None:
+    """Warn that logits are computed from probabilities, which is not what every model means."""
+    warn(
+        "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
+        "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
+        "for one output. Let the model return logits and compile it with a loss with "
+        "`from_logits=True` if that is wrong."
+    )
 
 
 def kind_of_loss(model, outputs):
@@ -91,14 +96,23 @@ class CategoricalLogOdds:
 
     Args:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+        inverts: Boolean, whether the logits behind the probabilities are not known, so that the
+            activation is inverted.
+        num_classes: Integer, K.
         scale: Float, the scale of the normalisation of the logits, or `None` for none.
     """
 
     kind = "categorical"
 
-    def __init__(self, from_logits, scale):
+    def __init__(self, from_logits: bool, inverts: bool, num_classes: int, scale: float | None):
         self.from_logits = from_logits
+        self.inverts = inverts
+        self.num_classes = num_classes
         self.scale = scale
+
+    def without_normalization(self) -> "CategoricalLogOdds":
+        """Return the log-odds by the logits as they are."""
+        return CategoricalLogOdds(self.from_logits, self.inverts, self.num_classes, None)
 
     def labels(self, y, outputs):
         """Return classes as integers, of labels that are integers, one-hot or soft."""
@@ -108,7 +122,7 @@ class CategoricalLogOdds:
                 "The model must give a row of at least 2 class scores an example. "
                 f"Received: outputs of shape {tuple(outputs.shape)}"
             )
-        self.num_classes = num_classes = outputs.shape[-1]
+        num_classes = self.num_classes
         is_number = np.issubdtype(y.dtype, np.number)
         if y.ndim == 2 and y.shape[-1] == num_classes and is_number and np.all(y.max(-1) > 0):
             return np.argmax(y, axis=-1).astype("int32")
@@ -155,13 +169,13 @@ class BinaryLogOdds(CategoricalLogOdds):
 
     Args:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+        inverts: Boolean, as for `CategoricalLogOdds`.
     """
 
     kind = "binary"
-    num_classes = 2
 
-    def __init__(self, from_logits):
-        super().__init__(from_logits, None)
+    def __init__(self, from_logits: bool, inverts: bool):
+        super().__init__(from_logits, inverts, num_classes=2, scale=None)
 
     def labels(self, y, outputs):
         """Return the signs, 1 for labels of at least 0.5, else -1."""
@@ -187,7 +201,9 @@ class ExampleLoss:
         model: A compiled `keras.Model`.
     """
 
-    def __init__(self, model):
+    inverts = False
+
+    def __init__(self, model: keras.Model):
         self.model = model
 
     def labels(self, y, outputs):

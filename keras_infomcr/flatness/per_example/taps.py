@@ -7,6 +7,8 @@ of an array that it was given, so that no gradient of an example outlives its la
 
 import collections
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,7 +29,7 @@ class Taps:
         layers: List of the layers. Every evaluation within `noting` may shorten it.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         with backend.float64_allowed():
             double = backend.widest_float() == "float64"
         self._known = [
@@ -45,8 +47,12 @@ class Taps:
         self._first_rows = collections.defaultdict(list)
         self.layers = self._known
 
+    def drop_all(self) -> None:
+        """Tap no layer, where the gradients of single examples are formed for all weights."""
+        self.layers = []
+
     @contextlib.contextmanager
-    def noting(self, scope, num_examples):
+    def noting(self, scope: keras.StatelessScope, num_examples: int) -> Iterator[None]:
         """Drop layers that an evaluation of so many examples calls otherwise than once for all.
 
         Args:
@@ -91,7 +97,7 @@ class Taps:
             yield
         self.layers = [x for x in self.layers if calls[x] == 1 and self._names(x)]
 
-    def coupled(self):
+    def coupled(self) -> bool:
         """Return whether a layer saw another first example in one evaluation than in another.
 
         Rounding is a thousand times smaller than the limit, what couples examples larger.
@@ -104,16 +110,16 @@ class Taps:
                 for array, other in zip(first, rows)
             )
 
-    def weights(self, layer):
+    def weights(self, layer: keras.Layer) -> list[keras.Variable]:
         """Return the trainable variables of a tapped layer that its Gram matrix takes in."""
         return [getattr(layer, name) for name in self._names(layer)]
 
-    def _names(self, layer):
+    def _names(self, layer: keras.Layer) -> list[str]:
         values = {name: getattr(layer, name, None) for name in KINDS[type(layer)].weights}
         taken = self._trainable - self._read_elsewhere
         return [k for k, v in values.items() if isinstance(v, keras.Variable) and id(v) in taken]
 
-    def open(self, probes):
+    def open(self, probes: list) -> contextlib.AbstractContextManager:
         """Return a context in which the layers are tapped.
 
         Args:
@@ -136,14 +142,14 @@ class Taps:
 
 
 @contextlib.contextmanager
-def _calls_replaced(layers, replacement):
+def _calls_replaced(layers: list[keras.Layer], replacement: Callable) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced(layer, "call", replacement(layer, layer.call)))
         yield
 
 
-def _tap(layer, names, inputs, outputs, probe):
+def _tap(layer: keras.Layer, names: list[str], inputs: Any, outputs: Any, probe: Any) -> Any:
     grams_of = KINDS[type(layer)].grams_of(layer)
 
     @ops.custom_gradient
