@@ -81,7 +81,7 @@ def test_a_model_with_a_step_of_its_own_is_measured_as_if_compiled(data, found_b
 
 
 def per_example(y_true, y_pred):
-    return ops.mean((ops.one_hot(y_true, NUM_CLASSES) - y_pred) ** 2, axis=-1)
+    return ops.mean((ops.one_hot(ops.cast(y_true, "int32"), NUM_CLASSES) - y_pred) ** 2, axis=-1)
 
 
 def mean(y_true, y_pred):

@@ -64,7 +64,7 @@ def misfits(function, *args, **kwargs):
         warnings.simplefilter("always")
         function(*args, **kwargs)
     texts = [str(w.message) for w in caught if "does not fit" in str(w.message)]
-    pattern = r"mean loss, (\S+), is more than twice that of a uniform guess, (\S+)\. "
+    pattern = r"mean loss, (\S+), is more than twice the loss of a uniform guess, (\S+)\. "
     return [tuple(map(float, re.search(pattern, text).groups())) for text in texts]
 
 

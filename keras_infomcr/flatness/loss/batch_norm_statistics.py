@@ -17,7 +17,7 @@ from keras_infomcr.flatness.running.compiled_for import compiled_for
 def reestimated_state(loss: LossFunction, data: Iterable, weights: np.ndarray, state: list) -> list:
     """Return the state with the statistics that weights give batch normalisation.
 
-    The statistics are those of the data, of all batches together. Random layers do not act.
+    They are the moments over all batches together. Random layers do not act.
 
     Args:
         loss: The `LossFunction` of the model.
