@@ -3,19 +3,21 @@
 import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def read_examples(x, y, limit):
+def read_examples(x: Any, y: Any, limit: int) -> tuple:
     """Read labelled examples from arrays or from batches.
 
     Args:
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`.
         y: Array or structure of arrays `[N, ...]`, `None` if `x` gives batches.
-        limit: Integer. Of an iterable of batches only so many examples are read.
+        limit: Integer, how many examples of an iterable of batches are read at most.
 
     Returns:
         Tuple `(x, y)` of structures of NumPy arrays with equal first dimensions.
@@ -30,7 +32,9 @@ def read_examples(x, y, limit):
     return _checked(x, y)
 
 
-def draw_trials(size, num_examples, num_trials, seed):
+def draw_trials(
+    size: int, num_examples: int, num_trials: int, seed: int | None
+) -> list[np.ndarray]:
     """Draw the examples of trials, none twice until all have been used.
 
     Args:
@@ -52,6 +56,7 @@ def draw_trials(size, num_examples, num_trials, seed):
             f"Use `num_examples={size}`, or give more data."
         )
     generator = np.random.default_rng(seed)
+    # A pass deals out the examples to as many trials as they suffice for, none twice.
     per_pass = size // num_examples
     passes = [generator.permutation(size) for _ in range(-(-num_trials // per_pass))]
     trials = [
@@ -62,14 +67,16 @@ def draw_trials(size, num_examples, num_trials, seed):
     return trials[:num_trials]
 
 
-def num_copies(x):
+def num_copies(x: Any) -> int:
     """Return how many examples of a structure of NumPy arrays repeat an earlier one."""
     arrays = keras.tree.flatten(x)
     size = len(arrays[0])
     return size - len({tuple(a[i].tobytes() for a in arrays) for i in range(size)})
 
 
-def trial_batches(x, y, num_examples, num_trials, chunk_size, seed):
+def trial_batches(
+    x: Any, y: Any, num_examples: int | None, num_trials: int, chunk_size: int, seed: int | None
+) -> list["Batches"]:
     """Return the data of each trial.
 
     Args:
@@ -106,7 +113,7 @@ class Batches:
         ValueError: As `read_examples`, and if `x` can be read once only.
     """
 
-    def __init__(self, x, y, chunk_size):
+    def __init__(self, x: Any, y: Any, chunk_size: int):
         self._batches = None
         if _gives_batches(x, y):
             if hasattr(x, "__next__") or _is_endless(x):
@@ -119,7 +126,7 @@ class Batches:
             self._x, self._y = _checked(x, y)
             self._chunk_size = chunk_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple]:
         if self._batches is not None:
             batch = None
             for batch in _batches(self._batches):
@@ -132,13 +139,13 @@ class Batches:
             yield keras.tree.map_structure(lambda a: a[rows], (self._x, self._y))  # noqa: B023
 
 
-def _is_endless(x):
+def _is_endless(x: Any) -> bool:
     if isinstance(x, keras.utils.PyDataset):
         return x.num_batches is None
     return hasattr(x, "cardinality") and int(x.cardinality()) == -1  # as tf.data says it
 
 
-def _gives_batches(x, y):
+def _gives_batches(x: Any, y: Any) -> bool:
     """Return whether the data are batches `(x, y)`, or raise an error if they are no data."""
     if isinstance(x, (np.ndarray, dict)) or hasattr(x, "__array__"):
         return False
@@ -157,7 +164,7 @@ def _gives_batches(x, y):
     return True
 
 
-def _batches(x):
+def _batches(x: Any) -> Iterator:
     batches = x
     if isinstance(x, keras.utils.PyDataset):
         indices = itertools.count() if x.num_batches is None else range(x.num_batches)

@@ -75,8 +75,8 @@ class MisfitWarning:
         if misfit and not self._misfit:
             warn(
                 f"The model does not fit the measured examples: their mean loss, {loss:.3g}, is "
-                f"more than twice that of a uniform guess, {guess:.3g}. Training has diverged or "
-                "has not begun, and however small a measure is, this is no flat minimum: do not "
+                f"more than twice the loss of a uniform guess, {guess:.3g}. Training has diverged "
+                "or has not begun, and however small a measure is, this is no flat minimum: do not "
                 "compare it with the measures of models that fit."
             )
         self._misfit = misfit
