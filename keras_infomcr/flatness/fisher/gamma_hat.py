@@ -75,8 +75,8 @@ def gamma_hat(
     gamma-hat of a classifier. The model, its state, its optimizer and all seeds are left as they
     are.
 
-    Whatever the loss, l_i is the loss of the example alone, as Fisher information is that of
-    -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
+    Whatever the loss, l_i is the loss of the example alone, as Fisher information is made of the
+    gradients of -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
     activities and sample weights have no part in it. (The paper trains with label smoothing and
     measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum of
     their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses other

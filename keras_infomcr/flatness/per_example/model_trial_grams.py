@@ -62,6 +62,7 @@ def _make(
     )
     if one_by_one or _couples_examples(model, taps, x, labels, values, (outputs, logits)):
         taps.drop_all()
+    taps.forget_evaluations()
     return TrialGrams(model, values, outputs, taps, settings)
 
 

@@ -14,8 +14,8 @@ from keras_infomcr.flatness.per_example.taps import Taps
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.objective import Objective
 
-# Weights without a tap are taken in groups whose rows, of all examples, take so many bytes at
-# most; or one weight at a time.
+# Weights without a tap are taken in groups, so that the rows of all examples take at most so many
+# bytes; a weight whose rows take more is a group of its own.
 _ROW_BYTES = 2**28
 
 
