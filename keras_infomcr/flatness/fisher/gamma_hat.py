@@ -76,11 +76,13 @@ def gamma_hat(
     are.
 
     Whatever the loss, l_i is the loss of the example alone, as Fisher information is made of the
-    gradients of -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
-    activities and sample weights have no part in it. (The paper trains with label smoothing and
-    measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum of
-    their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses other
-    than the cross-entropy of one output take soft labels as they are.
+    gradients of -ln p(y_i|x_i). Label smoothing, `loss_weights`, `add_loss`, penalties on weights
+    and activities and sample weights have no part in it. (The paper trains with label smoothing
+    and measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum
+    of their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses
+    other than the cross-entropy of one output take soft labels as they are.
+
+    What is compiled is kept as long as the model lives, and compiled anew after `model.compile`.
 
     To compare runs with and without a regulariser pass `normalize_softmax=True`, as the paper
     does: without it the value falls as the logits grow, and is least for a run that has diverged.
