@@ -37,6 +37,11 @@ def test_product_over_trials_is_the_mean_of_theirs(net):
     np.testing.assert_allclose(mean, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+def test_a_product_that_is_zero_is_no_reason_for_a_warning(net):
+    hessian = Hessian(net.model, net.x, net.y)
+    np.testing.assert_array_equal(hessian.product(np.zeros(hessian.size)), 0)
+
+
 def test_product_sees_the_weights_as_they_are(net):
     hessian = Hessian(net.model, net.x, net.y, seed=0)
     ones = np.ones(hessian.size)

@@ -13,8 +13,13 @@ from keras_infomcr.core.quadrature import blurred_density, grid_for, quadrature
 from keras_infomcr.core.trace import hutch_plus_plus, hutchinson
 from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate, standard_error
-from keras_infomcr.flatness.hessian.products import HessianProducts
-from keras_infomcr.flatness.hessian.results import SpectralDensity, SpectralRadius, TopEigenvalues
+from keras_infomcr.flatness.hessian.products import HessianProducts, check_size
+from keras_infomcr.flatness.hessian.results import (
+    SpectralDensity,
+    SpectralRadius,
+    TopEigenvalues,
+    mean_estimate,
+)
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.running.checks import check_sampling, warn
 from keras_infomcr.flatness.running.progress import progress_bar
@@ -106,7 +111,9 @@ class Hessian:
                 f"`vector` must have an entry for each trainable weight, the shape ({self.size},). "
                 f"Received: vector of shape {vector.shape}"
             )
-        return np.mean(self._measured(lambda hessian: hessian.product(vector), 1), axis=0)
+        # Without the warnings of a measure: that a product is zero says nothing of the curvature.
+        products, _ = self._over_trials(self._loss(), lambda hessian: hessian.product(vector), 1)
+        return np.mean(products, axis=0)
 
     def trace(self, *, num_products: int = 30, method: str = "hutch++") -> Estimate:
         """Estimate the trace, as `hessian_trace` does; its arguments are explained there."""
@@ -121,7 +128,7 @@ class Hessian:
             probes = hessian.probes(num_products - 2 * (num_products // 3))
             return hutch_plus_plus(hessian.products, sketches, probes)
 
-        return _mean_estimate(self._measured(trace, num_products))
+        return mean_estimate(self._measured(trace, num_products))
 
     def frobenius_norm(self, *, num_products: int = 30) -> Estimate:
         """Estimate the Frobenius norm, as `hessian_frobenius_norm` does, which explains it."""
@@ -134,7 +141,7 @@ class Hessian:
         trials = self._measured(norms, num_products)
         # The squares of very small or very large curvatures would vanish or overflow.
         unit = unit_of(trials)
-        square = _mean_estimate([(trial / unit) ** 2 for trial in trials])
+        square = mean_estimate([(trial / unit) ** 2 for trial in trials])
         norm = np.sqrt(square.value)
         # The error of a root is half the relative error of the square.
         stderr = square.stderr / (2 * norm) if norm else square.stderr
@@ -215,35 +222,26 @@ class Hessian:
             num_products: Integer, how many products it takes at most, for the progress bar.
         """
         loss = self._loss()
+        loss.warn_of_misfit(self._trials[0])
+        results, largest = self._over_trials(loss, measure, num_products)
+        check_size(largest, loss.dtype)
+        return results
+
+    def _over_trials(self, loss: LossFunction, measure: Callable, num_products: int) -> tuple:
+        """Return the results for the trials, and the largest size of an entry of a product.
+
+        It is the largest size in the trial in which that is smallest.
+        """
         # Anew for each measure: its result does not depend on those that were called before.
         generator = np.random.default_rng(self._seed)
-        loss.warn_of_misfit(self._trials[0])
         with progress_bar(num_products * len(self._trials), self._verbose) as progress:
             hessians = [HessianProducts(loss, t, generator, progress) for t in self._trials]
             results = [measure(hessian) for hessian in hessians]
-        _check_size(min(hessian.largest for hessian in hessians), loss.dtype)
-        return results
+        return results, min(hessian.largest for hessian in hessians)
 
     def _loss(self) -> LossFunction:
         # Made for each measure: the model may have been compiled again since the last one.
         return LossFunction(self.model, *self._given)
-
-
-def _check_size(largest: float, dtype: np.dtype):
-    """Warn of numbers so small that the dtype has lost their digits, or all of them."""
-    limits = np.finfo(dtype)
-    if largest < limits.tiny / limits.eps:
-        warn(
-            f"The curvature is zero, or too small for {dtype}, in which what is below "
-            f"{limits.tiny:.0e} loses its digits: no entry of a Hessian-vector product exceeds "
-            f"{largest:.0e}. If it should not be zero, raise the loss by `loss_weights` and divide "
-            "the measure by as much."
-        )
-
-
-def _mean_estimate(trials: list[np.ndarray]) -> Estimate:
-    """Return the `Estimate` of the samples of one trial, or of the means of several trials."""
-    return Estimate.of(trials[0] if len(trials) == 1 else [np.mean(t) for t in trials])
 
 
 def _from_both_ends(values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_infomcr.flatness.data.examples import Batches
 from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.running.checks import warn
 
 # They share one forward and backward pass, and are all held in memory.
 _VECTORS_AT_ONCE = 10
@@ -68,3 +69,15 @@ class HessianProducts:
         for start in range(0, count, _VECTORS_AT_ONCE):
             size = min(_VECTORS_AT_ONCE, count - start), self.size
             yield (2 * self._generator.integers(0, 2, size, "int8") - 1).astype(self._loss.dtype)
+
+
+def check_size(largest: float, dtype: np.dtype):
+    """Warn of numbers so small that the dtype has lost their digits, or all of them."""
+    limits = np.finfo(dtype)
+    if largest < limits.tiny / limits.eps:
+        warn(
+            f"The curvature is zero, or too small for {dtype}, in which what is below "
+            f"{limits.tiny:.0e} loses its digits: no entry of a Hessian-vector product exceeds "
+            f"{largest:.0e}. If it should not be zero, raise the loss by `loss_weights` and divide "
+            "the measure by as much."
+        )

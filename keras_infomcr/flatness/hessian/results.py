@@ -58,3 +58,8 @@ class SpectralDensity:
     grid: np.ndarray
     width: float
     num_weights: int
+
+
+def mean_estimate(trials: list[np.ndarray]) -> Estimate:
+    """Return the `Estimate` of the samples of one trial, or of the means of several trials."""
+    return Estimate.of(trials[0] if len(trials) == 1 else [np.mean(t) for t in trials])
