@@ -27,7 +27,6 @@ from timing import in_turn, median_ratios, median_seconds
 
 from keras_infomcr import flatness
 from keras_infomcr.flatness.loss.loss_function import LossFunction
-from keras_infomcr.flatness.running.shared import sharing
 
 # For each measure: settings with which it makes few passes, the number of these passes, and the
 # number of passes that it makes by default (`None` if that depends on the spectrum).
@@ -35,7 +34,11 @@ MEASURES = {
     "hessian_trace": ({"num_products": 6}, 6, 30),
     "hessian_frobenius_norm": ({"num_products": 6}, 6, 30),
     "hessian_spectral_radius": ({"max_products": 6, "tolerance": 1e-12}, 6, None),
-    "hessian_top_eigenvalues": ({"k": 3, "max_products": 6, "tolerance": 1e-12}, 6, None),
+    "hessian_top_eigenvalues": (
+        {"num_eigenvalues": 3, "max_products": 6, "tolerance": 1e-12},
+        6,
+        None,
+    ),
     "hessian_spectral_density": ({"num_probes": 1, "num_steps": 6}, 6, 150),
     "fisher_trace": ({"num_examples": 100, "num_trials": 1}, 0.5, 5),
     "input_jacobian_norm": ({}, 1, 1),
@@ -66,13 +69,13 @@ def epoch(model, x, y):
 def costs(network, rounds):
     """Return the row of a network: what a pass of each measure takes, in epochs."""
     model, x, y = make(network)
-    functions, kept = {"epoch": epoch(model, x, y)}, {}
+    functions = {"epoch": epoch(model, x, y)}
 
     def measured(name, settings):
-        batches = {} if name.startswith("fisher") else {"batch_size": BATCH_SIZE}
-        with sharing(kept), warnings.catch_warnings():
+        chunks = {} if name.startswith("fisher") else {"chunk_size": BATCH_SIZE}
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that so few products have not converged
-            getattr(flatness, name)(model, x, y, seed=0, **batches, **settings)
+            getattr(flatness, name)(model, x, y, seed=0, **chunks, **settings)
 
     for name, (settings, _, _) in MEASURES.items():
         functions[name] = functools.partial(measured, name, settings)
@@ -145,8 +148,10 @@ def versus(network, rounds):
     def kept(name, value):
         found[name] = float(np.ravel(value)[0])
 
-    settings = {"batch_size": BATCH_SIZE, "seed": 0}
-    top = functools.partial(flatness.hessian_top_eigenvalues, model, *data, k=1, **settings)
+    settings = {"chunk_size": BATCH_SIZE, "seed": 0}
+    top = functools.partial(
+        flatness.hessian_top_eigenvalues, model, *data, num_eigenvalues=1, **settings
+    )
     trace = functools.partial(flatness.hessian_trace, model, *data, **settings)
     exact = top(tolerance=1e-6).value
 

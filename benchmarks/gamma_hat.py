@@ -25,8 +25,9 @@ from machine import BACKEND, peak_memory, set_precision
 from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.objective import Objective
 
 matplotlib.use("Agg")
@@ -64,11 +65,24 @@ def plain(model, x, y):
     return run
 
 
+def trial_settings(num_examples, num_trials):
+    """Return the settings of `gamma_hat`, its own defaults for all others."""
+    return TrialSettings(
+        num_examples=num_examples,
+        num_trials=num_trials,
+        training=False,
+        chunk_size=None,
+        normalize_softmax=False,
+        softmax_scale=0.04,
+        seed=0,
+    )
+
+
 def ours(model, x, y):
     """Return a function that measures gamma-hat."""
-    settings = checked_settings(num_examples=len(x), num_trials=1, seed=0)
-    estimator = GammaHatEstimator(model, x, y, **settings)
-    return lambda: GammaHat.of(estimator.measure()).value
+    settings = trial_settings(num_examples=len(x), num_trials=1)
+    estimator = GammaHatEstimator(model, x, y, settings)
+    return lambda: GammaHat.of_parts(estimator.measure()).value
 
 
 class Literal:
@@ -144,10 +158,8 @@ def compare_replicas(name, count, num_devices, rounds):
     with strategy.scope():
         spread, x, y = make(name)
     single, _, _ = make(name)
-    settings = {"num_examples": count, "num_trials": 2 * num_devices, "seed": 0}
-    estimators = [
-        GammaHatEstimator(m, x, y, **checked_settings(**settings)) for m in (single, spread)
-    ]
+    settings = trial_settings(count, 2 * num_devices)
+    estimators = [GammaHatEstimator(m, x, y, settings) for m in (single, spread)]
     values = [e.measure().sum(axis=1) for e in estimators]  # compiles both
     times = in_turn({"one": estimators[0].measure, "several": estimators[1].measure}, rounds)
     difference = np.max(np.abs(values[1] / values[0] - 1))

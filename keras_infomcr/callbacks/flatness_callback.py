@@ -1,6 +1,7 @@
 """Measures of flatness in the logs of `fit`."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,11 +10,10 @@ import numpy as np
 from keras_infomcr import flatness
 from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
 from keras_infomcr.flatness.data.examples import Batches
-from keras_infomcr.flatness.running.checks import check_compiled
-from keras_infomcr.flatness.running.shared import only_checking, sharing
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.running.checks import MisfitWarning
+from keras_infomcr.flatness.running.only_checking import only_checking
 
-# Names of `flatness` that stand for no number of a model.
-_NO_MEASURES = {"gamma_hat_by_layer", "hessian_spectral_density", "pac_bayes_bound", "plot"}
 _NUMBER = "A measure must give a result with a single number as its `value`, to be logged."
 
 
@@ -23,9 +23,8 @@ class FlatnessCallback(MeasuringCallback):
     For each measure, its name and the name with `_stderr` are added to the logs of each epoch,
     NaN for an epoch without a measurement. Put the callback before those that read them
     (`CSVLogger`, `TensorBoard`): a warning names those that stand before it. It works with any
-    `keras.Model`, and leaves the model, its optimizer and all seeds as they are. What the
-    measures compile they keep while `fit` runs; gamma-hat and Fisher measures without a seed
-    keep their draw of examples too.
+    `keras.Model`, and leaves the model, its optimizer and all seeds as they are. What a measure
+    compiles is kept as long as the model lives.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
@@ -87,9 +86,9 @@ class FlatnessCallback(MeasuringCallback):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        check_compiled(self.model)
-        next(iter(Batches(*self.examples(), batch_size=1)))  # checks the data
-        self._compiled = {}
+        next(iter(Batches(*self.examples(), chunk_size=1)))  # checks the data
+        # A model that has diverged is warned of by each measure once, not in each epoch.
+        self._misfit_warnings = {name: MisfitWarning() for name in self._measures}
         self._checked = False
         self._check()
 
@@ -102,11 +101,10 @@ class FlatnessCallback(MeasuringCallback):
         if self._checked or not self.model.built:
             return
         self._checked = True
-        with sharing(self._compiled):
-            for name, function in self._measures.items():
-                # A function of the user's may compute for hours.
-                if str(_underlying(function).__module__).startswith("keras_infomcr."):
-                    self._check_measure(name, function)
+        for name, function in self._measures.items():
+            # A function of the user's may compute for hours.
+            if str(_underlying(function).__module__).startswith("keras_infomcr."):
+                self._check_measure(name, function)
 
     def _check_measure(self, name, function):
         try:
@@ -119,42 +117,50 @@ class FlatnessCallback(MeasuringCallback):
                 f"{error} Its arguments are set by `functools.partial({name}, ...)`."
             ) from error
 
-    def on_train_end(self, logs=None):
-        super().on_train_end(logs)
-        self._compiled = {}
-
     def measure(self):
         """Return the measures with their standard errors, as logs."""
         logs = {}
         x, y = self.examples()
-        with sharing(self._compiled):
-            for name, function in self._measures.items():
+        for name, function in self._measures.items():
+            with self._misfit_warnings[name].remembering():
                 result = self.results[name] = function(self.model, x, y)
-                if np.ndim(getattr(result, "value", [])):
-                    raise ValueError(f"{_NUMBER} Received: {result!r} from {name}")
-                logs[name], logs[f"{name}_stderr"] = float(result.value), float(result.stderr)
+            # A grid of sigmas makes `local_energy` an array.
+            if np.ndim(getattr(result, "value", [])):
+                raise ValueError(f"{_NUMBER} Received: {result!r} from {name}")
+            logs[name], logs[f"{name}_stderr"] = float(result.value), float(result.stderr)
         return logs
 
 
-def _named(measure):
+def _named(measure: str | Callable) -> tuple[str, Callable]:
     """Return the name of a measure and its function."""
     if isinstance(measure, str):
-        names = {n for n in flatness.__all__ if n.islower()} - _NO_MEASURES
+        names = sorted(n for n in flatness.__all__ if _gives_number(getattr(flatness, n)))
         if measure not in names:
             raise ValueError(
-                f"`measures` must hold functions, or some of the names {sorted(names)}. "
+                f"`measures` must hold functions, or some of the names {names}. "
                 f"Received: {measure!r}"
             )
         return measure, functools.partial(getattr(flatness, measure), seed=0)
     function = _underlying(measure)
     if not callable(measure) or not hasattr(function, "__name__"):
         raise ValueError(f"`measures` must hold names or functions. Received: {measure!r}")
-    if any(function is getattr(flatness, name) for name in _NO_MEASURES):
+    ours = function in [getattr(flatness, name) for name in flatness.__all__]
+    if ours and not _gives_number(function):
         raise ValueError(f"{_NUMBER} Received: {measure!r}")
     return function.__name__, measure
 
 
-def _underlying(function):
+def _gives_number(function: Any) -> bool:
+    """Return whether something of `flatness` is a function of a model that returns a number."""
+    if not inspect.isfunction(function):
+        return False
+    signature = inspect.signature(function)
+    result = signature.return_annotation
+    of_model = next(iter(signature.parameters)) == "model"
+    return of_model and isinstance(result, type) and issubclass(result, Estimate)
+
+
+def _underlying(function: Callable) -> Callable:
     while isinstance(function, functools.partial):
         function = function.func
     return function

@@ -3,8 +3,9 @@
 from typing import Any
 
 from keras_infomcr.callbacks.measuring_callback import MeasuringCallback, check_one_tuple
-from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, checked_settings
+from keras_infomcr.flatness.fisher.gamma_hat import GammaHat
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
 
 class GammaHatCallback(MeasuringCallback):
@@ -33,13 +34,14 @@ class GammaHatCallback(MeasuringCallback):
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1, which `EarlyStopping` and `ModelCheckpoint` on `gamma_hat` need: their first
             NaN would count as the best.
-        training: As for `keras_infomcr.flatness.fisher.gamma_hat`. Defaults to `False`.
-        chunk_size: As for `keras_infomcr.flatness.fisher.gamma_hat`. Defaults to `num_examples`.
+        training: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `False`.
+        chunk_size: As for `keras_infomcr.flatness.gamma_hat`. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to 0, so that runs compare.
         verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
             second, what part of an epoch's time it takes (the first compiles). Defaults to 0.
-        relative_tolerance: As for `keras_infomcr.flatness.fisher.gamma_hat`, which uses it with
+        relative_tolerance: As for `keras_infomcr.flatness.gamma_hat`, which uses it with
             `num_trials="auto"`. Defaults to 0.01.
+        loss: As for `keras_infomcr.flatness.gamma_hat`. Defaults to the compiled loss.
 
     Attributes:
         result: The last `keras_infomcr.flatness.GammaHat`, `None` before the first.
@@ -74,11 +76,12 @@ class GammaHatCallback(MeasuringCallback):
         seed: int | None = 0,
         verbose: int = 0,
         relative_tolerance: float = 0.01,
+        loss: Any = None,
     ):
         check_one_tuple(data, num_examples)
         super().__init__(data, frequency, verbose)
         self.result = None
-        self._settings = checked_settings(
+        self._settings = TrialSettings(
             num_examples=num_examples,
             num_trials=num_trials,
             relative_tolerance=relative_tolerance,
@@ -87,11 +90,12 @@ class GammaHatCallback(MeasuringCallback):
             training=training,
             chunk_size=chunk_size,
             seed=seed,
+            loss=loss,
         )
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self._estimator = GammaHatEstimator(self.model, *self.examples(), **self._settings)
+        self._estimator = GammaHatEstimator(self.model, *self.examples(), self._settings)
         self._prepared = False
         self._prepare()
 
@@ -108,5 +112,5 @@ class GammaHatCallback(MeasuringCallback):
 
     def measure(self):
         """Return gamma-hat with its standard error, as logs."""
-        self.result = GammaHat.of(self._estimator.measure())
+        self.result = GammaHat.of_parts(self._estimator.measure())
         return dict(zip(self.names, (self.result.value, self.result.stderr)))

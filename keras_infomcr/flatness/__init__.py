@@ -2,31 +2,27 @@
 
 from keras_infomcr.flatness import plot
 from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.fisher.frobenius_norm import fisher_frobenius_norm
 from keras_infomcr.flatness.fisher.gamma import Gamma, gamma
 from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, gamma_hat
 from keras_infomcr.flatness.fisher.gamma_hat_by_layer import GammaHatByLayer, gamma_hat_by_layer
-from keras_infomcr.flatness.fisher.norms import (
-    fisher_frobenius_norm,
-    fisher_spectral_radius,
-    fisher_trace,
-)
+from keras_infomcr.flatness.fisher.spectral_radius import fisher_spectral_radius
+from keras_infomcr.flatness.fisher.trace import fisher_trace
 from keras_infomcr.flatness.hessian.frobenius_norm import hessian_frobenius_norm
-from keras_infomcr.flatness.hessian.spectral_density import (
-    SpectralDensity,
-    hessian_spectral_density,
-)
-from keras_infomcr.flatness.hessian.spectral_radius import (
-    SpectralRadius,
-    TopEigenvalues,
-    hessian_spectral_radius,
-    hessian_top_eigenvalues,
-)
+from keras_infomcr.flatness.hessian.operator import Hessian
+from keras_infomcr.flatness.hessian.results import SpectralDensity, SpectralRadius, TopEigenvalues
+from keras_infomcr.flatness.hessian.spectral_density import hessian_spectral_density
+from keras_infomcr.flatness.hessian.spectral_radius import hessian_spectral_radius
+from keras_infomcr.flatness.hessian.top_eigenvalues import hessian_top_eigenvalues
 from keras_infomcr.flatness.hessian.trace import hessian_trace
 from keras_infomcr.flatness.input_jacobian import input_jacobian_norm
 from keras_infomcr.flatness.neighbourhood.adaptive_sharpness import adaptive_sharpness
+from keras_infomcr.flatness.neighbourhood.average_adaptive_sharpness import (
+    average_adaptive_sharpness,
+)
 from keras_infomcr.flatness.neighbourhood.local_energy import LocalEnergy, local_energy
-from keras_infomcr.flatness.neighbourhood.local_entropy import (
-    local_entropy,
+from keras_infomcr.flatness.neighbourhood.local_entropy import local_entropy
+from keras_infomcr.flatness.neighbourhood.local_entropy_gradient_norm import (
     local_entropy_gradient_norm,
 )
 from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
@@ -36,12 +32,14 @@ __all__ = [
     "Gamma",
     "GammaHat",
     "GammaHatByLayer",
+    "Hessian",
     "LocalEnergy",
     "PacBayesBound",
     "SpectralDensity",
     "SpectralRadius",
     "TopEigenvalues",
     "adaptive_sharpness",
+    "average_adaptive_sharpness",
     "fisher_frobenius_norm",
     "fisher_spectral_radius",
     "fisher_trace",

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -14,9 +15,11 @@ from keras_infomcr.flatness.data.examples import trial_batches
 from keras_infomcr.flatness.estimate import Estimate
 from keras_infomcr.flatness.loss.example_values import kind_of_loss
 from keras_infomcr.flatness.loss.logits import predict_with_logits
-from keras_infomcr.flatness.running.checks import check_built, check_compiled, check_sampling
+from keras_infomcr.flatness.loss.measured_loss import resolved_loss
+from keras_infomcr.flatness.running.checks import check_built, check_sampling
+from keras_infomcr.flatness.running.compiled_for import compiled_for
+from keras_infomcr.flatness.running.only_checking import end_of_checks
 from keras_infomcr.flatness.running.progress import progress_bar
-from keras_infomcr.flatness.running.shared import end_of_checks, shared
 from keras_infomcr.objective import Objective
 
 
@@ -27,8 +30,9 @@ def input_jacobian_norm(
     *,
     norm: str = "spectral",
     num_examples: int | None = None,
-    batch_size: int = 128,
+    chunk_size: int = 128,
     seed: int | None = None,
+    loss: Any = None,
     verbose: int = 0,
 ) -> Estimate:
     """Compute the mean squared norm of the Jacobian of the softmax output by the input.
@@ -49,9 +53,11 @@ def input_jacobian_norm(
             `"spectral"`.
         num_examples: Integer, at least 1: so many examples are drawn; or `None`: all are
             measured. Defaults to `None`.
-        batch_size: Integer, at least 1: examples that go through the model together. The
+        chunk_size: Integer, at least 1: examples that go through the model together. The
             Jacobians of a batch are held in memory, K times its size. Defaults to 128.
         seed: Integer or `None`, of the draw of examples. Defaults to a new draw each time.
+        loss: As for `hessian_trace`. It says whether the outputs are probabilities or logits.
+            Defaults to the compiled loss.
         verbose: 0 or 1. With 1, a progress bar counts the batches. Defaults to 0.
 
     Returns:
@@ -69,15 +75,16 @@ def input_jacobian_norm(
     ```
     """
     validation.one_of("spectral", "frobenius", norm=norm)
-    check_sampling(num_examples, 1, batch_size, seed, verbose)
+    check_sampling(num_examples, 1, chunk_size, seed, verbose)
+    loss_bearer = resolved_loss(model, loss)
+    check_built(model)
     if y is None and (isinstance(x, dict) or hasattr(x, "__array__")):
-        y = np.zeros(len(keras.tree.flatten(x)[0]))
-    jacobian = shared("input_jacobian", lambda: InputJacobian(model), model)
-    (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
+        y = np.zeros(len(keras.tree.flatten(x)[0]))  # labels of arrays are checked, not used
+    (data,) = trial_batches(x, y, num_examples, 1, chunk_size, seed)
     samples = []
     with progress_bar(None, verbose) as progress:
         for inputs, _ in data:
-            grams = jacobian.grams(inputs)
+            grams = _input_jacobian(model, loss_bearer, inputs).grams(inputs)
             if norm == "spectral":
                 samples.append(spectral_norms(grams))
             else:
@@ -86,32 +93,26 @@ def input_jacobian_norm(
     return Estimate.of(np.concatenate(samples))
 
 
+def _input_jacobian(model: keras.Model, loss_bearer: keras.Model, x: Any) -> "InputJacobian":
+    """Return the `InputJacobian` that is kept for a model and a structure of inputs."""
+    structure = keras.tree.map_structure(lambda a: f"{a.dtype}{a.shape[1:]}", x)
+    key = "input_jacobian", repr(structure), loss_bearer
+    return compiled_for(model, key, lambda: InputJacobian(model, loss_bearer, x))
+
+
 class InputJacobian:
     """The Jacobians of the probabilities by the inputs.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`.
+        loss_bearer: What `resolved_loss` returns for the model.
+        x: Structure of NumPy arrays `[B, ...]`, inputs of the kind that it will be asked for.
+
+    Raises:
+        TypeError: If an input holds integers.
     """
 
-    def __init__(self, model):
-        check_compiled(model)
-        check_built(model)
-        self.model = model
-        self._objective = Objective(model)
-        self._lock = threading.Lock()
-        # An example's own row is the derivative of the batch's sum: in inference none sees others.
-        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
-        self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
-
-    def grams(self, x):
-        """Return J J^T of each example.
-
-        Args:
-            x: Structure of NumPy arrays `[B, ...]`.
-
-        Returns:
-            Float64 array `[B, K, K]`.
-        """
+    def __init__(self, model: keras.Model, loss_bearer: keras.Model, x: Any):
         inputs = keras.tree.flatten(x)
         kinds = [a.dtype.name for a in inputs if a.dtype.kind in "iub"]
         if kinds:
@@ -120,10 +121,31 @@ class InputJacobian:
                 f"Received: x of dtype {kinds[0]}. Cast images, or measure from embeddings on."
             )
         end_of_checks()
-        context = self._objective.weights(), self._objective.state()
-        tensors = [ops.convert_to_tensor(a) for a in inputs]
+        self._model = model
+        self._loss_bearer = loss_bearer
+        self._objective = Objective(model)
         self._structure = keras.tree.map_structure(lambda a: 0, x)
-        device = backend.devices(self.model)[0]
+        self._lock = threading.Lock()
+        # An example's own row is the derivative of the batch's sum: in inference none sees others.
+        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
+        self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
+        # What the model ends in, one example tells, before a framework traces.
+        first = [ops.convert_to_tensor(a[:1]) for a in inputs]
+        self._slopes = self._values_and_slopes(first, self._context())[1]
+
+    def grams(self, x: Any) -> np.ndarray:
+        """Return J J^T of each example.
+
+        Args:
+            x: Structure of NumPy arrays `[B, ...]`.
+
+        Returns:
+            Float64 array `[B, K, K]`.
+        """
+        end_of_checks()
+        context = self._context()
+        tensors = [ops.convert_to_tensor(a) for a in keras.tree.flatten(x)]
+        device = backend.devices(self._model)[0]
         _, rows = backend.on_device(device, self._rows, tensors, context)
         rows = [ops.convert_to_numpy(r) for r in rows]
         flat = [r.reshape(*r.shape[:2], math.prod(r.shape[2:])).swapaxes(0, 1) for r in rows]
@@ -134,30 +156,40 @@ class InputJacobian:
         slopes = self._slopes(logits.astype("float64"))
         return slopes @ grams @ slopes
 
-    def _sums(self, inputs, context):
+    def _context(self) -> tuple[list, list]:
+        return self._objective.weights(), self._objective.state()
+
+    def _sums(self, inputs: list, context: tuple[list, list]) -> Any:
         return ops.cast(ops.sum(self._values(inputs, context), axis=0), backend.widest_float())
 
-    def _values(self, inputs, context):
-        """Return the logits of classes, else the outputs, `[B, K]`.
+    def _values(self, inputs: list, context: tuple[list, list]) -> Any:
+        return self._values_and_slopes(inputs, context)[0]
 
-        The slope of a probability near 1 is lost in float32, that of its logit is not.
+    def _values_and_slopes(
+        self, inputs: list, context: tuple[list, list]
+    ) -> tuple[Any, Callable | None]:
+        """Return the logits of classes and the function that gives their probabilities' slopes.
+
+        The slope of a probability near 1 is lost in float32, the slope of its logit is not. If
+        the logits are not known, return the outputs, `[B, K]`, and `None`.
         """
         x = keras.tree.pack_sequence_as(self._structure, inputs)
         with self._lock, self._objective.at(*context, False) as (predict, _):
-            outputs, logits = predict_with_logits(self.model, predict, x)
-        loss, kind = kind_of_loss(self.model, outputs)
-        values, self._slopes = keras.tree.flatten(outputs), None
+            outputs, logits = predict_with_logits(self._model, predict, x)
+        loss, kind = kind_of_loss(self._loss_bearer, outputs)
+        values, slopes = keras.tree.flatten(outputs), None
         if kind:
             from_logits = getattr(loss, "from_logits", False)
             logits = values[0] if from_logits else logits.of(values[0], kind)
         if kind == "categorical" and logits is not None and len(logits.shape) > 2:
-            values = [ops.softmax(logits)]
+            values = [ops.softmax(logits)]  # of each position, one position beside the other
         elif kind and logits is not None:
-            values, self._slopes = [logits], _SLOPES[kind]
-        return ops.concatenate([ops.reshape(v, (ops.shape(v)[0], -1)) for v in values], axis=1)
+            values, slopes = [logits], _SLOPES[kind]
+        flat = [ops.reshape(v, (ops.shape(v)[0], -1)) for v in values]
+        return ops.concatenate(flat, axis=1), slopes
 
 
-def _slopes_of_softmax(logits):
+def _slopes_of_softmax(logits: np.ndarray) -> np.ndarray:
     """Return diag p - p p^T of each example."""
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
@@ -168,7 +200,7 @@ def _slopes_of_softmax(logits):
     return slopes
 
 
-def _slopes_of_sigmoid(logits):
+def _slopes_of_sigmoid(logits: np.ndarray) -> np.ndarray:
     """Return p (1 - p) of each example."""
     return np.exp(-np.logaddexp(0, logits) - np.logaddexp(0, -logits))[:, :, None]
 

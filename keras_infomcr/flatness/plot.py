@@ -1,4 +1,4 @@
-"""Pictures of what the measures return. They need matplotlib."""
+"""Pictures of the results of measures. They need matplotlib."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
     Layers whose value is not finite have no bar, and say so.
 
     Args:
-        result: What `gamma_hat_by_layer` returned.
+        result: A `GammaHatByLayer`, the result of `gamma_hat_by_layer`.
         axes: `matplotlib.axes.Axes`, or `None` for new ones.
 
     Returns:
@@ -43,10 +43,11 @@ def gamma_hat_by_layer(result: GammaHatByLayer, axes: Any = None) -> Any:
 def spectral_density(result: SpectralDensity, axes: Any = None) -> Any:
     """Draw the spectral density on a logarithmic scale, with its standard error.
 
-    The scale ends where the density is that of a hundredth of one eigenvalue.
+    The scale ends at the density that a hundredth of one eigenvalue has. Smaller densities are
+    rounding errors of the method.
 
     Args:
-        result: What `hessian_spectral_density` returned.
+        result: A `SpectralDensity`, the result of `hessian_spectral_density`.
         axes: `matplotlib.axes.Axes`, or `None` for new ones.
 
     Returns:
@@ -70,16 +71,16 @@ def spectral_density(result: SpectralDensity, axes: Any = None) -> Any:
     return axes
 
 
-def _check_result(result, kind, measure):
+def _check_result(result: Any, kind: type, measure: str) -> None:
     if not isinstance(result, kind):
         raise TypeError(
             f"`result` must be a `{kind.__name__}`. "
             f"Received: result={result!r} (of type {type(result)}). "
-            f"Pass what `{measure}(model, x, y)` returns."
+            f"Pass the result of `{measure}(model, x, y)`."
         )
 
 
-def _new_axes(height):
+def _new_axes(height: float) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -1,76 +1,25 @@
-"""gamma-hat in the logs of `fit`: when, for whom, and without a trace in the training."""
+"""gamma-hat in the logs of `fit`: when, of what, and without a trace in the training."""
 
-import csv
 import gc
-import math
 import os
 import re
-import warnings
 
 import keras
 import numpy as np
 import pytest
 from frameworks import BACKEND, array, global_random_number
 from keras import layers
+from measured_nets import DRAW, NAN, NUM_CLASSES, Stop, classifier, compiled, dataset, unchanging
 
 from keras_infomcr import GammaHatCallback, RegularizedModel
 from keras_infomcr.callbacks import FlatnessCallback
 from keras_infomcr.flatness import GammaHat, gamma_hat, hessian_trace
 from keras_infomcr.regularizers import SubBatchPerturbation
 
-NUM_CLASSES = 4
-DRAW = {"num_examples": 5, "num_trials": 2}
-NAN = math.nan
-
 
 @pytest.fixture
 def data(rng):
     return rng.normal(size=(20, 6)).astype("float32"), rng.integers(0, NUM_CLASSES, 20)
-
-
-def compiled(model, optimizer="sgd", **kwargs):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, **kwargs)
-    return model
-
-
-def classifier(optimizer="sgd", stack=()):
-    last = layers.Dense(NUM_CLASSES)
-    return compiled(keras.Sequential([keras.Input((6,)), *stack, last]), optimizer)
-
-
-def unchanging():
-    return classifier(keras.optimizers.SGD(0.0))
-
-
-class Record(keras.callbacks.Callback):
-    """Stands for any callback that reads the logs."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seen.append((logs["gamma_hat"], logs["gamma_hat_stderr"]))
-
-
-class Stop(keras.callbacks.Callback):
-    """Stops training at the end of an epoch, or within one."""
-
-    def __init__(self, epoch, batch=None):
-        super().__init__()
-        self.epoch, self.batch, self.now = epoch, batch, 0
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.now = epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.now == self.epoch and batch == self.batch:
-            self.model.stop_training = True
-
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch == self.epoch and self.batch is None:
-            self.model.stop_training = True
 
 
 # ---------------------------------------------------------------- when it measures
@@ -191,119 +140,6 @@ def test_second_run_and_recompiled_model(data):
     assert callback.result.log_loss_part == 0  # no cross-entropy any more
 
 
-# ---------------------------------------------------------------- who sees the values
-
-
-def test_other_callbacks_see_the_values(data, tmp_path):
-    callback, record = GammaHatCallback(data, frequency=2, **DRAW), Record()
-    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
-    history = unchanging().fit(*data, epochs=4, callbacks=[callback, record, log], verbose=0)
-    seen = history.history["gamma_hat"], history.history["gamma_hat_stderr"]
-    np.testing.assert_equal(np.transpose(record.seen), seen)
-    with (tmp_path / "log.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
-    for key, expected in zip(("gamma_hat", "gamma_hat_stderr"), seen):
-        np.testing.assert_equal([float(row[key]) for row in rows], expected)
-
-
-def best_of(path):
-    """Return a `ModelCheckpoint` that names its file by epoch and gamma-hat."""
-    return keras.callbacks.ModelCheckpoint(
-        path / "{epoch}_{gamma_hat:.3f}.weights.h5",
-        monitor="gamma_hat",
-        mode="min",
-        save_best_only=True,
-        save_weights_only=True,
-    )
-
-
-READERS = {
-    "CSVLogger": lambda path: keras.callbacks.CSVLogger(path / "log.csv"),
-    "TensorBoard": lambda path: keras.callbacks.TensorBoard(path),
-    "History": lambda path: keras.callbacks.History(),
-    "EarlyStopping": lambda path: keras.callbacks.EarlyStopping("gamma_hat", mode="min"),
-    "ModelCheckpoint": best_of,
-}
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", READERS)
-def test_a_callback_that_reads_the_logs_too_early_is_named(data, tmp_path, name):
-    if name == "TensorBoard":
-        pytest.importorskip("tensorboard", reason="TensorFlow no longer installs it")
-    model, reader = classifier(), READERS[name](tmp_path)
-    callbacks = [reader, GammaHatCallback(data, **DRAW)]
-    message = rf"must stand before .* in which \['{name}'\] will not see \['gamma_hat', .* first\."
-    with pytest.raises(UserWarning, match=message):  # warnings are errors here
-        model.fit(*data, callbacks=callbacks, verbose=0)
-    assert int(model.optimizer.iterations) == 0
-
-
-def test_no_warning_of_callbacks_that_read_something_else(data):
-    before = [keras.callbacks.EarlyStopping("loss"), Stop(9), GammaHatCallback(data, **DRAW)]
-    classifier().fit(*data, callbacks=[*before, Record()], verbose=0)
-
-
-@pytest.fixture
-def keras_writes_files():
-    """Keras 3.15 with NumPy 2.4 warns in every file it writes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
-        yield
-
-
-def test_checkpoints_of_the_best(data, tmp_path, keras_writes_files):
-    callback = GammaHatCallback(data, **DRAW)
-    unchanging().fit(*data, epochs=3, callbacks=[callback, best_of(tmp_path)], verbose=0)
-    # The same value again is no improvement.
-    expected = f"1_{callback.result.value:.3f}.weights.h5"
-    assert [path.name for path in tmp_path.iterdir()] == [expected]
-
-
-def test_early_stopping_on_gamma_hat(data):
-    """Of weights that do not change gamma-hat never falls below the first."""
-    callbacks = [GammaHatCallback(data, **DRAW)]
-    callbacks += [keras.callbacks.EarlyStopping("gamma_hat", mode="min", patience=2)]
-    history = unchanging().fit(*data, epochs=9, callbacks=callbacks, verbose=0).history
-    assert len(history["gamma_hat"]) == 3
-
-
-@pytest.mark.parametrize("verbose", [0, 1])
-def test_verbose_prints_a_line_for_each_measurement(data, capsys, verbose):
-    callback = GammaHatCallback(data, frequency=2, verbose=verbose, **DRAW)
-    classifier().fit(*data, epochs=3, callbacks=[callback], verbose=0)
-    lines = capsys.readouterr().out.splitlines()
-    number = r"-?[\d.]+"
-    assert len(lines) == 3 * verbose
-    for line, epoch in zip(lines, (2, 3)):
-        assert re.fullmatch(rf"Epoch {epoch}: gamma_hat {number} \+- {number} \(\d+\.\d s\)", line)
-    if verbose:
-        assert f"{callback.result.value:#.5g} +- {callback.result.stderr:#.3g}" in lines[1]
-        assert re.fullmatch(r"gamma_hat takes \d+\.\d % of an epoch's time", lines[2])
-
-
-def test_infinite_value_is_logged_with_one_warning(data):
-    x, y = np.repeat(data[0][:1], 20, axis=0), np.zeros(20)
-    callback = GammaHatCallback((x, y), **DRAW)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        history = classifier().fit(*data, epochs=3, callbacks=[callback], verbose=0).history
-    assert history["gamma_hat"] == [-math.inf] * 3
-    assert all(map(math.isnan, history["gamma_hat_stderr"]))
-    assert len(caught) == 1, [str(w.message) for w in caught]
-    assert "gamma_hat is not finite: 4 of the 5 examples of the trial" in str(caught[0].message)
-    assert "The data hold 19 copies of other examples among their 20" in str(caught[0].message)
-
-
-def test_diverged_training_is_logged_as_nan(data):
-    model = classifier()
-    model.layers[0].bias.assign([NAN] * NUM_CLASSES)
-    callback = GammaHatCallback(data, **DRAW)
-    with pytest.warns(UserWarning, match="gamma_hat is not finite: gradients are not finite"):
-        history = model.fit(*data, epochs=2, callbacks=[callback], verbose=0).history
-    assert all(map(math.isnan, history["gamma_hat"]))
-
-
 # ---------------------------------------------------------------- models and data
 
 
@@ -338,10 +174,6 @@ def test_model_under_a_distribution_strategy(data, mirrored):
     plain.set_weights(model.get_weights())
     expected = gamma_hat(plain, *data, seed=0, **DRAW)
     np.testing.assert_allclose(callback.result.trials, expected.trials, rtol=1e-6)
-
-
-def dataset(x, y):
-    return pytest.importorskip("tensorflow").data.Dataset.from_tensor_slices((x, y))
 
 
 @pytest.mark.parametrize(
@@ -438,100 +270,6 @@ def test_a_model_that_preprocesses_its_data_is_measured_on_what_it_sees(data, ma
 
 
 # ---------------------------------------------------------------- errors
-
-
-def test_data_and_labels_in_two_arguments(data):
-    message = r"`data` must be one tuple `\(x, y\)`\. Received: data of type .* Put parentheses"
-    for labels in (data[1], array(data[1])):
-        with pytest.raises(ValueError, match=message):
-            GammaHatCallback(data[0], labels)
-        with pytest.raises(ValueError, match=message):
-            FlatnessCallback(data[0], labels, ["hessian_trace"])
-
-
-def test_a_loss_that_is_no_cross_entropy_is_told_at_the_beginning(data):
-    model = classifier()
-    model.compile("sgd", "mse")
-    with pytest.raises(UserWarning, match="It is no gamma-hat of a classifier"):
-        model.fit(data[0], np.eye(NUM_CLASSES)[data[1]], callbacks=[
-            GammaHatCallback((data[0], np.eye(NUM_CLASSES)[data[1]]), **DRAW)
-        ])  # fmt: skip
-    assert int(model.optimizer.iterations) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"frequency": 0}, "`frequency` must be an integer of at least 1. Received: frequency=0"),
-        ({"frequency": 1.5}, "`frequency` must be an integer of at least 1."),
-        ({"verbose": 2}, "`verbose` must be one of 0, 1. Received: verbose=2"),
-        ({"verbose": "auto"}, "`verbose` must be one of 0, 1. Received: verbose='auto'"),
-        ({"num_examples": 0}, "`num_examples` must be an integer of at least 1."),
-        ({"num_trials": None}, "`num_trials` must be an integer of at least 1."),
-        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
-        ({"softmax_scale": -1}, "`softmax_scale` must be a finite number greater than 0."),
-        ({"training": None}, "`training` must be `True` or `False`. Received: training=None"),
-        ({"normalize_softmax": 1}, "`normalize_softmax` must be `True` or `False`."),
-        ({"seed": -1}, "`seed` must be an integer of at least 0. Received: seed=-1"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused_at_once(data, arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GammaHatCallback(data, **arguments)
-
-
-def with_nan(x):
-    x = x.copy()
-    x[2] = NAN
-    return x
-
-
-@pytest.mark.parametrize(
-    ("make", "arguments", "error", "message"),
-    [
-        (lambda x, y: (with_nan(x), y), {}, ValueError, "`x` must be finite."),
-        (lambda x, y: (x, y + 3), {}, ValueError, "`y` must hold integers from 0 to 3"),
-        (lambda x, y: (x, y[:7]), {}, ValueError, "the same number of examples."),
-        (lambda x, y: (x, y), {"num_examples": 21}, ValueError, "`num_examples` must not exceed"),
-        (lambda x, y: (x, None), {}, ValueError, "Labels are needed."),
-        (lambda x, y: (x,), {}, ValueError, "Labels are needed."),
-        (lambda x, y: x, {}, ValueError, "Labels are needed."),
-        (lambda x, y: None, {}, TypeError, "must be an array"),
-        (lambda x, y: dataset(x, y), {}, ValueError,
-         "The data must come in batches."),
-    ],
-    ids=["nan", "labels", "lengths", "too few", "y is None", "tuple of x", "x", "None",
-         "unbatched"],
-)  # fmt: skip
-def test_errors_come_before_any_weight_changes(data, make, arguments, error, message):
-    callback = GammaHatCallback(make(*data), **{**DRAW, **arguments})
-    assert_refused_before_training(classifier(), data, callback, error, message)
-
-
-def test_labels_of_a_model_that_is_not_built_are_checked_as_soon_as_it_is(data):
-    model = compiled(keras.Sequential([layers.Dense(NUM_CLASSES)]))
-    callback = GammaHatCallback((data[0], data[1] + 3), **DRAW)
-    message = "`y` must hold integers from 0 to 3"
-    # TensorFlow builds it in the first step, the others before.
-    num_steps = 1 if BACKEND == "tensorflow" else 0
-    assert_refused_before_training(model, data, callback, ValueError, message, num_steps)
-
-
-def assert_refused_before_training(model, data, callback, error, message, num_steps=0):
-    steps = []
-    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
-    with pytest.raises(error, match=re.escape(message)):
-        model.fit(*data, batch_size=5, callbacks=[count, callback], verbose=0)
-    assert len(steps) == num_steps
-
-
-def test_model_without_a_loss(data):
-    inputs = keras.Input((6,))
-    model = keras.Model(inputs, layers.ActivityRegularization(1.0)(layers.Dense(4)(inputs)))
-    model.compile("sgd")
-    with pytest.raises(ValueError, match=re.escape("The model must be compiled with a loss.")):
-        model.fit(*data, callbacks=[GammaHatCallback(data, **DRAW)], verbose=0)
 
 
 def resident_kib():

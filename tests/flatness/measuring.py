@@ -1,11 +1,47 @@
 """What is asked of every measure: to leave all as it was, and to take data of any kind."""
 
+import random
+
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, numpy, only_on
+from frameworks import BACKEND, global_random_number, numpy, only_on, tensorflow
 from keras import layers
-from test_gamma_hat import Batches, Unseeded, dataset, from_logits, in_batches, numbers_drawn
+from nets import from_logits
+
+from keras_infomcr.flatness import gamma_hat
+
+
+def measure(model, x, y, **kwargs):
+    """Measure one trial of all examples."""
+    num_examples = len(keras.tree.flatten(x)[0])
+    return gamma_hat(model, x, y, num_examples=num_examples, num_trials=1, **kwargs)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y, num_batches):
+        super().__init__()
+        self.x, self.y, self._num_batches = x, y, num_batches
+
+    @property
+    def num_batches(self):
+        return self._num_batches
+
+    def __getitem__(self, index):
+        part = slice(5 * (index % 3), 5 * (index % 3) + 5)
+        return self.x[part], self.y[part]
+
+
+def dataset(x, y, *weights):
+    return tensorflow().data.Dataset.from_tensor_slices((x, y, *weights)).batch(5)
+
+
+def ragged(size):
+    return tensorflow().ragged.constant([[1.0], [1.0, 2.0]] * (size // 2))
+
+
+def in_batches(x, y):
+    return [(x[i : i + 5], y[i : i + 5]) for i in range(0, len(x), 5)]
 
 
 def loader(x, y):
@@ -26,6 +62,20 @@ kinds_of_data = pytest.mark.parametrize(
     ],
     ids=["dataset", "PyDataset", "list", "DataLoader"],
 )
+
+
+class Unseeded(layers.Layer):
+    """Draws from the global generator of `keras.random`."""
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        return inputs + 0.1 * keras.random.normal(keras.ops.shape(inputs), dtype=inputs.dtype)
+
+
+def numbers_drawn():
+    return [random.random(), np.random.random(), *numpy(keras.random.uniform((2,))),
+            global_random_number()]  # fmt: skip
 
 
 def assert_untouched(measure):

@@ -3,6 +3,7 @@
 A worst case is found by ascent: it may fall short of the maximum, but may not exceed it.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -11,10 +12,9 @@ import keras
 import numpy as np
 import pytest
 from measuring import Quadratic, assert_untouched, kinds_of_data
-from test_gamma_hat import NUM_CLASSES, sequential
+from nets import NUM_CLASSES, sequential
 
-from keras_infomcr.flatness import adaptive_sharpness
-from keras_infomcr.flatness.running.shared import sharing
+from keras_infomcr.flatness import adaptive_sharpness, average_adaptive_sharpness
 
 layers = keras.layers
 
@@ -39,8 +39,8 @@ def scaled(quadratic):
     return scale * quadratic.slope, scale * quadratic.hessian * scale[:, None]
 
 
-def measured(quadratic, **settings):
-    return adaptive_sharpness(quadratic.model, quadratic.x, quadratic.y, **settings)
+def measured(quadratic, measure=adaptive_sharpness, **settings):
+    return measure(quadratic.model, quadratic.x, quadratic.y, **settings)
 
 
 def maximum_over_ball(slope, hessian, rho):
@@ -121,8 +121,8 @@ def test_worst_case_inside_of_the_ball(float64, norm):
 @pytest.mark.parametrize("norm", ["l2", "l-inf"])
 def test_weights_of_zero_do_not_move(data, norm):
     model = sequential(layers.Dense(NUM_CLASSES, kernel_initializer="zeros"))
-    for kind in ("worst", "average"):
-        assert adaptive_sharpness(model, *data, rho=9.0, norm=norm, kind=kind).value == 0
+    for measure in (adaptive_sharpness, average_adaptive_sharpness):
+        assert measure(model, *data, rho=9.0, norm=norm).value == 0
 
 
 def test_scaling_a_relu_network_changes_nothing(float64, data):
@@ -133,8 +133,8 @@ def test_scaling_a_relu_network_changes_nothing(float64, data):
         stack = layers.Dense(8, "relu", use_bias=False), layers.Dense(NUM_CLASSES, use_bias=False)
         model = sequential(*stack)
         model.set_weights([w * s for w, s in zip(model.get_weights(), (scale, 1 / scale))])
-        for kind in ("worst", "average"):
-            values.append(adaptive_sharpness(model, *data, kind=kind, num_steps=3, seed=0).value)
+        values.append(adaptive_sharpness(model, *data, num_steps=3, seed=0).value)
+        values.append(average_adaptive_sharpness(model, *data, seed=0).value)
     assert values[:2] == pytest.approx(values[2:], rel=1e-9)
 
 
@@ -147,7 +147,8 @@ def test_average_rise_of_a_quadratic_loss_is_the_trace_of_its_hessian(rng, norm,
     """E[z^T B z] / 2 = rho^2 tr B / 2 for normal z; uniform ones have the variance 1 / 3."""
     quadratic = Quadratic(rng)
     expected = rho**2 * np.trace(scaled(quadratic)[1]) / (2 if norm == "l2" else 6)
-    result = measured(quadratic, kind="average", rho=rho, norm=norm, num_samples=200, seed=0)
+    settings = {"rho": rho, "norm": norm, "num_samples": 200, "seed": 0}
+    result = measured(quadratic, average_adaptive_sharpness, **settings)
     draw = rng.standard_normal if norm == "l2" else lambda size: rng.uniform(-1, 1, size)
     rises = quadratic.rises(rho * quadratic.weights * draw((10_000, 8)))
     assert abs(rises.mean() - expected) < 4 * rises.std() / math.sqrt(10_000)
@@ -160,10 +161,9 @@ def test_average_rise_of_a_quadratic_loss_is_the_trace_of_its_hessian(rng, norm,
 def test_batches_are_attacked_each_for_itself(float64, data):
     x, y = data
     model = sequential(layers.Dense(5, "tanh"), layers.Dense(NUM_CLASSES))
-    result = adaptive_sharpness(model, x, y, batch_size=5)
+    result = adaptive_sharpness(model, x, y, chunk_size=5)
     parts = [slice(0, 5), slice(5, 10), slice(10, 12)]
-    with sharing({}):
-        alone = [adaptive_sharpness(model, x[rows], y[rows]).value for rows in parts]
+    alone = [adaptive_sharpness(model, x[rows], y[rows]).value for rows in parts]
     np.testing.assert_allclose(result.samples, alone, rtol=1e-9)
     assert result.value == pytest.approx(np.average(alone, weights=[5, 5, 2]), rel=1e-9)
     assert result.stderr == pytest.approx(np.std(alone, ddof=1) / math.sqrt(3), rel=1e-9)
@@ -173,38 +173,40 @@ def test_batches_are_attacked_each_for_itself(float64, data):
 
 def test_average_is_that_of_all_of_the_data(float64, data):
     model = sequential(layers.Dense(5, "tanh"), layers.Dense(NUM_CLASSES))
-    settings = {"kind": "average", "num_samples": 4, "seed": 0}
-    with sharing({}):
-        result, whole = (
-            adaptive_sharpness(model, *data, batch_size=b, **settings) for b in (5, 12)
-        )
+    settings = {"num_samples": 4, "seed": 0}
+    result, whole = (
+        average_adaptive_sharpness(model, *data, chunk_size=c, **settings) for c in (5, 12)
+    )
     np.testing.assert_allclose(result.samples, whole.samples, rtol=1e-9, atol=1e-15)
     assert result.stderr == pytest.approx(np.std(whole.samples, ddof=1) / 2, rel=1e-6)
+
+
+WORST, AVERAGE = (
+    functools.partial(adaptive_sharpness, num_steps=2),
+    functools.partial(average_adaptive_sharpness, num_samples=2),
+)
 
 
 @kinds_of_data
 def test_batches_give_what_arrays_give(data, make):
     model = sequential(layers.Dense(NUM_CLASSES))
-    for kind in ("worst", "average"):
-        settings = {"kind": kind, "num_steps": 2, "num_samples": 2, "seed": 0}
-        with sharing({}):
-            expected = adaptive_sharpness(model, *data, batch_size=5, **settings).samples
-            result = adaptive_sharpness(model, make(*data), **settings).samples
+    for measure in (WORST, AVERAGE):
+        expected = measure(model, *data, chunk_size=5, seed=0).samples
+        result = measure(model, make(*data), seed=0).samples
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_draws(float64, data):
     model = sequential(layers.Dense(NUM_CLASSES))
 
-    def values(kind, seeds, **settings):
-        settings = {"kind": kind, "num_steps": 2, "num_samples": 2, **settings}
-        return [adaptive_sharpness(model, *data, seed=s, **settings).value for s in seeds]
+    def values(measure, seeds, **settings):
+        return [measure(model, *data, seed=s, **settings).value for s in seeds]
 
-    first, again, other = values("average", (0, 0, 1))
+    first, again, other = values(AVERAGE, (0, 0, 1))
     assert first == again != other
-    every, shuffled = values("worst", (0,))[0], values("worst", (0,), num_examples=12)[0]
+    every, shuffled = values(WORST, (0,))[0], values(WORST, (0,), num_examples=12)[0]
     assert every == pytest.approx(shuffled, rel=1e-9)
-    assert len(set(values("worst", (0, 1), num_examples=4))) == 2
+    assert len(set(values(WORST, (0, 1), num_examples=4))) == 2
 
 
 # ---------------------------------------------------------------- the rest
@@ -218,28 +220,29 @@ def test_weight_penalties_are_no_part_of_the_loss(data):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["worst", "average"])
-def test_model_and_seeds_are_untouched(kind):
-    settings = {"kind": kind, "num_steps": 2, "num_samples": 2, "batch_size": 6}
-    assert_untouched(lambda *args: adaptive_sharpness(*args, **settings))
+@pytest.mark.parametrize("measure", [WORST, AVERAGE])
+def test_model_and_seeds_are_untouched(measure):
+    assert_untouched(lambda *args: measure(*args, chunk_size=6))
+
+
+BOTH = [adaptive_sharpness, average_adaptive_sharpness]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("measures", "arguments", "message"),
     [
-        ({"kind": "mean"}, "`kind` must be one of 'worst', 'average'. Received: kind='mean'"),
-        ({"norm": "l1"}, "`norm` must be one of 'l2', 'l-inf'. Received: norm='l1'"),
-        ({"rho": 0.0}, "`rho` must be a finite number greater than 0. Received: rho=0.0"),
-        ({"num_steps": 0}, "`num_steps` must be an integer of at least 1."),
-        ({"num_samples": 0}, "`num_samples` must be an integer of at least 1."),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1."),
-        ({"num_examples": 13}, "`num_examples` must not exceed the number of examples in the data"),
-        ({"y": None}, "Labels are needed. Received: y=None."),
-        ({"x": [], "y": None}, "The data must not be empty. Received: no batch"),
+        (BOTH, {"norm": "l1"}, "`norm` must be one of 'l2', 'l-inf'. Received: norm='l1'"),
+        (BOTH, {"rho": 0.0}, "`rho` must be a finite number greater than 0. Received: rho=0.0"),
+        (BOTH[:1], {"num_steps": 0}, "`num_steps` must be an integer of at least 1."),
+        (BOTH[1:], {"num_samples": 0}, "`num_samples` must be an integer of at least 1."),
+        (BOTH, {"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
+        (BOTH, {"num_examples": 13}, "`num_examples` must not exceed the number of examples in"),
+        (BOTH, {"y": None}, "Labels are needed. Received: y=None."),
+        (BOTH, {"x": [], "y": None}, "The data must not be empty. Received: no batch"),
     ],
 )
-def test_bad_arguments(data, arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        adaptive_sharpness(
-            sequential(layers.Dense(NUM_CLASSES)), **{"x": data[0], "y": data[1], **arguments}
-        )
+def test_bad_arguments(data, measures, arguments, message):
+    model = sequential(layers.Dense(NUM_CLASSES))
+    for measure in measures:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            measure(model, **{"x": data[0], "y": data[1], **arguments})

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from measuring import assert_untouched, kinds_of_data, softmax
-from test_gamma_hat import NUM_CLASSES, classifier, from_logits, sequential
+from nets import NUM_CLASSES, classifier, from_logits, sequential
 
 from keras_infomcr.flatness import (
     fisher_frobenius_norm,
@@ -14,7 +14,6 @@ from keras_infomcr.flatness import (
     fisher_trace,
     gamma_hat,
 )
-from keras_infomcr.flatness.running.shared import sharing
 
 # Small networks with random weights may be wrong about their few examples, as a warning says.
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
@@ -42,8 +41,7 @@ def literal(statistic, rows):
 def assert_norms(model, x, y, rows, rel, **settings):
     """Compare all measures with those of rows, compiled once; return their results."""
     settings = {"num_examples": len(rows), "num_trials": 1, **settings}
-    with sharing({}):
-        results = [measure(model, x, y, **settings) for measure, _ in MEASURES]
+    results = [measure(model, x, y, **settings) for measure, _ in MEASURES]
     expected = [literal(statistic, rows) for _, statistic in MEASURES]
     assert [r.value for r in results] == pytest.approx(expected, rel=rel, abs=0)
     return results
@@ -134,10 +132,9 @@ def test_trials_are_averaged(data):
     # Three trials of four use each of the 12 examples once.
     assert result.value == pytest.approx(np.mean(squares), rel=1e-5)
     assert result.stderr == pytest.approx(np.std(result.samples, ddof=1) / math.sqrt(3), rel=1e-12)
-    with sharing({}):
-        for measure, _ in MEASURES:  # g g^T has one eigenvalue, its trace
-            samples = measure(model, data[0], y, num_examples=1, num_trials=12, seed=0).samples
-            np.testing.assert_allclose(sorted(samples), sorted(squares), rtol=1e-5)
+    for measure, _ in MEASURES:  # g g^T has one eigenvalue, its trace
+        samples = measure(model, data[0], y, num_examples=1, num_trials=12, seed=0).samples
+        np.testing.assert_allclose(sorted(samples), sorted(squares), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -258,11 +255,6 @@ def test_weights_of_several_outputs_are_kept(float64, rng):
     assert traces[2] == pytest.approx(4 * (traces[0] + traces[1]), rel=1e-9)
 
 
-def test_progress_counts_the_trials(data, capsys):
-    fisher_trace(classifier(), *data, num_examples=4, num_trials=3, verbose=1)
-    assert "3/3" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("value", [0, 2.0, "auto"])
 @pytest.mark.parametrize("measure", [m for m, _ in MEASURES])
 def test_bad_numbers_of_trials(data, measure, value):
@@ -275,8 +267,6 @@ def test_bad_arguments(data):
         fisher_trace(3, *data)
     with pytest.raises(ValueError, match="`num_examples` must not exceed the number of examples"):
         fisher_trace(classifier(), *data, num_examples=13)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'batch_size'"):
-        fisher_trace(classifier(), *data, batch_size=3)
 
 
 def test_warning_points_at_the_users_line(data):

@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from test_gamma_hat import NUM_CLASSES, classifier, sequential
+from nets import NUM_CLASSES, classifier, sequential
 
-from keras_infomcr.flatness import gamma, gamma_hat, gamma_hat_by_layer, plot
+from keras_infomcr import flatness
+from keras_infomcr.flatness import Estimate, gamma, gamma_hat, gamma_hat_by_layer, plot
 
 
 @pytest.fixture
@@ -42,6 +43,52 @@ def test_gamma_of_a_diagonal_fisher_information(float64):
     result = gamma(model, np.eye(6), np.ones(6), num_examples=6, num_trials=1)
     expected = np.sum(np.log((1 / (1 + np.exp(w))) ** 2 / 6))
     assert result.value == pytest.approx(expected, rel=1e-12)
+
+
+def test_gamma_of_each_trial(data):
+    result = gamma(classifier(), *data, num_examples=5, num_trials=3, seed=0)
+    assert result.value == pytest.approx(np.mean(result.samples), rel=1e-12)
+    assert result.stderr == pytest.approx(np.std(result.samples, ddof=1) / math.sqrt(3), rel=1e-9)
+
+
+TRIALS = [name for name in flatness.__all__ if name.startswith(("gamma", "fisher"))]
+
+
+@pytest.mark.parametrize("name", [*TRIALS, "input_jacobian_norm"])
+def test_a_mistyped_argument_is_named_by_the_function_that_was_called(data, name):
+    for wrong in ("num_example", "loses", "relative_tolerence"):
+        message = rf"{name}\(\) got an unexpected keyword argument '{wrong}'"
+        with pytest.raises(TypeError, match=message):
+            getattr(flatness, name)(classifier(), *data, **{wrong: 5})
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_progress_counts_the_trials(data, capsys, name):
+    measure = getattr(flatness, name)
+    measure(classifier(), *data, num_examples=4, num_trials=3, verbose=1)
+    assert "3/3" in capsys.readouterr().out
+    measure(classifier(), *data, num_examples=4, num_trials=3)
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"`verbose` must be one of 0, 1\. Received: verbose=2"):
+        measure(classifier(), *data, num_examples=4, num_trials=3, verbose=2)
+
+
+def test_progress_of_automatic_trials(data, capsys):
+    settings = {"num_examples": 4, "num_trials": "auto", "relative_tolerance": 10.0}
+    gamma_hat(classifier(), *data, verbose=1, **settings)
+    assert "5/Unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [n for n in TRIALS if n != "gamma_hat_by_layer"])
+def test_results_are_estimates(data, name):
+    result = getattr(flatness, name)(classifier(), *data, num_examples=4, num_trials=3)
+    assert isinstance(result, Estimate)
+    assert float(result) == result.value and result.samples.shape == (3,)
+
+
+def test_only_gamma_hat_averages_a_hundred_trials_by_default():
+    defaults = {n: getattr(flatness, n).__kwdefaults__["num_trials"] for n in TRIALS}
+    assert defaults == dict.fromkeys(TRIALS, 10) | {"gamma_hat": 100}
 
 
 def test_layers_of_their_own_models(float64, rng):

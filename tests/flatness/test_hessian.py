@@ -1,14 +1,13 @@
 """Measures of the Hessian against one formed in float64 by NumPy alone, and another library."""
 
-import functools
 import tracemalloc
 import warnings
 
 import keras
 import numpy as np
-import numpy_layers as oracle
 import pytest
 from frameworks import BACKEND, array, numpy, only_on
+from hessian_nets import FLAT, NETS, Net
 from keras import layers
 
 from keras_infomcr.flatness import (
@@ -24,119 +23,12 @@ from keras_infomcr.flatness.loss.loss_function import LossFunction
 # Small networks with random weights may be wrong about their few examples, as a warning says.
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 
-NUM_CLASSES = 3
 MEASURES = [
     hessian_frobenius_norm,
     hessian_spectral_radius,
     hessian_top_eigenvalues,
     hessian_trace,
 ]
-
-
-def dense_batch_norm(x, w, training):
-    hidden = x @ w[0] + w[1]
-    moments = (hidden.mean(0), variance(hidden, 0)) if training else w[6:]
-    return np.tanh(oracle.normalize(hidden, *moments, *w[2:4])) @ w[4] + w[5]
-
-
-def conv_batch_norm(x, w, training):
-    hidden = oracle.conv_2d(x, w[0], w[1])
-    moments = (hidden.mean((0, 1, 2)), variance(hidden, (0, 1, 2))) if training else w[6:]
-    hidden = np.tanh(oracle.normalize(hidden, *moments, *w[2:4]))
-    return hidden.mean((1, 2)) @ w[4] + w[5]
-
-
-def layer_norm(x, w, training):
-    hidden = x @ w[0] + w[1]
-    return np.tanh(oracle.normalize_by_own_moments(hidden, -1, *w[2:4])) @ w[4] + w[5]
-
-
-def group_norm(x, w, training):
-    hidden = np.tanh(oracle.group_norm(oracle.conv_2d(x, w[0], w[1]), 2, *w[2:4]))
-    return hidden.mean((1, 2)) @ w[4] + w[5]
-
-
-def resized(x, w, training):
-    hidden = oracle.conv_2d(x, w[0], w[1])
-    rows = np.clip((np.arange(6) + 0.5) / 2 - 0.5, 0, 2)  # of the 3 there are
-    weights = np.maximum(1 - np.abs(rows[:, None] - np.arange(3)), 0)
-    hidden = np.tanh(np.einsum("bijc,Ii,Jj->bIJc", hidden, weights, weights))
-    return hidden.mean((1, 2)) @ w[2] + w[3]
-
-
-def variance(a, axes):
-    """Return the variance, analytic in complex numbers too."""
-    return ((a - a.mean(axes, keepdims=True)) ** 2).mean(axes)
-
-
-FLAT, IMAGES = (5,), (4, 4, 2)
-SETTINGS = {
-    layers.GroupNormalization: {"groups": 2, "epsilon": 1e-3},
-    layers.UpSampling2D: {"interpolation": "bilinear"},
-}
-NETS = {
-    "dense_batch_norm": (dense_batch_norm, FLAT, layers.Dense, layers.BatchNormalization),
-    "conv_batch_norm": (conv_batch_norm, IMAGES, layers.Conv2D, layers.BatchNormalization),
-    "layer_norm": (layer_norm, FLAT, layers.Dense, layers.LayerNormalization),
-    "group_norm": (group_norm, IMAGES, layers.Conv2D, layers.GroupNormalization),
-    "resized": (resized, IMAGES, layers.Conv2D, layers.UpSampling2D),
-}
-
-
-class Net:
-    """A network with what NumPy says of it."""
-
-    def __init__(self, name, rng):
-        self.forward, shape, first, second = NETS[name]
-        pool = [layers.GlobalAveragePooling2D()] if len(shape) == 3 else []
-        settings = SETTINGS.get(second, {"epsilon": 1e-3})
-        stack = [first(4, *[2] * bool(pool)), second(**settings)]
-        self.model = keras.Sequential(
-            [keras.Input(shape), *stack, layers.Activation("tanh"), *pool, layers.Dense(3)]
-        )
-        self.model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
-        for variable in self.model.variables:
-            positive = "variance" in variable.path
-            variable.assign(rng.uniform(0.5 if positive else -1, 1.5, variable.shape))
-        self.x = rng.normal(size=(24, *shape)).astype("float32")
-        self.y = np.eye(NUM_CLASSES)[rng.integers(0, NUM_CLASSES, 24)].astype("float32")
-        self.weights = [numpy(v).astype("float64") for v in self.model.trainable_variables]
-        self.moments = [numpy(v).astype("float64") for v in self.model.non_trainable_variables]
-        self.moments = self.moments[:2] if "batch" in name else []
-        self.sizes = [w.size for w in self.weights]
-
-    def loss(self, weights, training=False):
-        predictions = self.forward(self.x.astype("float64"), [*weights, *self.moments], training)
-        return oracle.cross_entropies(self.y, predictions).mean()
-
-    def product(self, vector, training=False):
-        """Return H v."""
-        parts = self.parts(vector)
-        loss = lambda w: self.loss(w, training)  # noqa: E731
-        return flat(oracle.hessian_vector_product(loss, self.weights, parts))
-
-    @functools.cached_property
-    def hessian(self):
-        """Return H, by central differences: the errors are of the order 1e-10."""
-        columns = []
-        for unit in np.eye(sum(self.sizes)):
-            ends = [
-                flat(oracle.derivative(self.loss, [w + s * u for w, u in zip(self.weights, parts)]))
-                for s, parts in ((1e-5, self.parts(unit)), (-1e-5, self.parts(unit)))
-            ]
-            columns.append((ends[0] - ends[1]) / 2e-5)
-        return (np.array(columns) + np.array(columns).T) / 2
-
-    def parts(self, vector):
-        parts = np.split(np.asarray(vector, "float64"), np.cumsum(self.sizes)[:-1])
-        return [p.reshape(w.shape) for p, w in zip(parts, self.weights)]
-
-    def measured(self, measure, **settings):
-        return measure(self.model, self.x, self.y, seed=0, **settings)
-
-
-def flat(arrays):
-    return np.concatenate([np.ravel(a) for a in arrays])
 
 
 WITH_CONVOLUTIONS = ("conv_batch_norm", "group_norm", "resized")
@@ -174,7 +66,7 @@ def test_eigenvalues_against_the_hessian_formed(net):
     # The default tolerance: a hundredth of each, or of a tenth of the largest.
     assert radius.largest == pytest.approx(eigenvalues[-1], rel=0.01, abs=1e-3 * size)
     assert radius.smallest == pytest.approx(eigenvalues[0], rel=0.01, abs=1e-3 * size)
-    top = net.measured(hessian_top_eigenvalues, k=4)
+    top = net.measured(hessian_top_eigenvalues, num_eigenvalues=4)
     expected = eigenvalues[np.argsort(-np.abs(eigenvalues))][:4]
     # A hundredth of each, or of a hundredth of the largest.
     np.testing.assert_allclose(top.eigenvalues, expected, rtol=0.01, atol=1e-4 * size)
@@ -242,7 +134,7 @@ def test_density_is_drawn(small):
 @pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
 def test_batches_do_not_change_the_measure(small, measure):
-    whole, in_parts = (small.measured(measure, batch_size=b).value for b in (24, 7))
+    whole, in_parts = (small.measured(measure, chunk_size=b).value for b in (24, 7))
     # Sums in another order: float32's rounding of a few dozen terms.
     assert in_parts == pytest.approx(whole, rel=1e-5)
 
@@ -250,7 +142,7 @@ def test_batches_do_not_change_the_measure(small, measure):
 def test_training_sees_the_batches(rng):
     net = Net("dense_batch_norm", rng)
     whole, in_parts = (
-        net.measured(hessian_trace, training=True, batch_size=b).value for b in (24, 6)
+        net.measured(hessian_trace, training=True, chunk_size=b).value for b in (24, 6)
     )
     assert in_parts != pytest.approx(whole, rel=1e-3)
 
@@ -426,7 +318,7 @@ def test_mirrored_strategy_gives_the_same(mirrored, small):
         model = keras.models.clone_model(small.model)
         model.compile("sgd", small.model.loss)
     model.set_weights(small.model.get_weights())
-    settings = {"num_products": 6, "batch_size": 5, "seed": 0}
+    settings = {"num_products": 6, "chunk_size": 5, "seed": 0}
     found = hessian_trace(model, small.x, small.y, **settings)
     expected = hessian_trace(small.model, small.x, small.y, **settings)
     assert found.value == pytest.approx(expected.value, rel=1e-5)
@@ -434,7 +326,7 @@ def test_mirrored_strategy_gives_the_same(mirrored, small):
 
 @only_on("jax", reason="`keras.distribution` is JAX's")
 def test_data_parallelism_gives_the_same(small):
-    settings = {"num_products": 6, "batch_size": 5, "seed": 0}
+    settings = {"num_products": 6, "chunk_size": 5, "seed": 0}
     expected = hessian_trace(small.model, small.x, small.y, **settings)
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     try:
@@ -473,7 +365,7 @@ def test_curvlinops_says_the_same(name, rng):
         )
         columns = torch.eye(sum(net.sizes))
         hessian = np.array([numpy(operator @ column) for column in columns])
-    found = net.measured(hessian_top_eigenvalues, k=3, tolerance=1e-4)
+    found = net.measured(hessian_top_eigenvalues, num_eigenvalues=3, tolerance=1e-4)
     eigenvalues = np.linalg.eigvalsh(hessian)
     expected = eigenvalues[np.argsort(-np.abs(eigenvalues))][:3]
     # Both in float32, the error bound of ours being 1e-4 of the largest.
@@ -491,7 +383,7 @@ def test_curvlinops_says_the_same(name, rng):
         (hessian_trace, {"method": "exact"}, "`method` must be one of 'hutchinson', 'hutch"),
         (hessian_trace, {"num_products": 5}, "`num_products` must be an integer of at least 6"),
         (hessian_frobenius_norm, {"num_products": 1}, "`num_products` must be an integer of at le"),
-        (hessian_trace, {"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        (hessian_trace, {"chunk_size": 0}, "`chunk_size` must be an integer of at least 1"),
         (hessian_trace, {"num_examples": 0}, "`num_examples` must be an integer of at least 1"),
         (hessian_trace, {"num_examples": 25}, "`num_examples` must not exceed .*25, 24 examples"),
         (hessian_trace, {"num_trials": 0}, "`num_trials` must be an integer of at least 1"),
@@ -500,8 +392,8 @@ def test_curvlinops_says_the_same(name, rng):
         (hessian_trace, {"verbose": 2}, "`verbose` must be one of 0, 1"),
         (hessian_spectral_radius, {"tolerance": 0.0}, "`tolerance` must be a finite number gr"),
         (hessian_spectral_radius, {"max_products": 0}, "`max_products` must be an integer of at l"),
-        (hessian_top_eigenvalues, {"k": 0}, "`k` must be an integer of at least 1"),
-        (hessian_top_eigenvalues, {"k": 999, "max_products": 999}, "`k` must not exceed"),
+        (hessian_top_eigenvalues, {"num_eigenvalues": 0}, "`num_eigenvalues` must be an integer"),
+        (hessian_top_eigenvalues, {"num_eigenvalues": 999}, "`num_eigenvalues` must not exceed"),
         (hessian_spectral_density, {"num_steps": 0}, "`num_steps` must be an integer of at least"),
         (hessian_spectral_density, {"width": -1.0}, "`width` must be a finite number greater"),
     ],
@@ -557,7 +449,10 @@ def test_start_is_never_orthogonal_to_all_that_there_is():
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
     model.compile("sgd", "mse")
     ones = np.ones((4, 1), "float32")
-    values = [hessian_top_eigenvalues(model, ones, ones, k=1, seed=s).value for s in range(5)]
+    values = [
+        hessian_top_eigenvalues(model, ones, ones, num_eigenvalues=1, seed=s).value
+        for s in range(5)
+    ]
     np.testing.assert_allclose(values, 4, rtol=1e-5)
 
 
@@ -567,7 +462,7 @@ def test_half_precision_weights_are_summed_in_float32():
     model.compile("sgd", "mse")
     ones = np.ones((1000, 1), "float32")
     # bfloat16 holds 4 and the entries 2 of the Hessian; its sums would stop at some 500.
-    found = hessian_trace(model, ones, ones, batch_size=1, num_products=6, seed=0)
+    found = hessian_trace(model, ones, ones, chunk_size=1, num_products=6, seed=0)
     assert found.value == pytest.approx(4, rel=0.02)
 
 

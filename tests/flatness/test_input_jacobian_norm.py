@@ -7,10 +7,9 @@ import keras
 import numpy as np
 import pytest
 from measuring import assert_untouched, kinds_of_data, softmax
-from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
+from nets import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
 from keras_infomcr.flatness import input_jacobian_norm
-from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 NORMS = {"spectral": 2, "frobenius": None}  # as `np.linalg.norm` calls them
@@ -33,14 +32,13 @@ def of_softmax(logits, kernel):
 
 def assert_norms(model, x, jacobians, rel, **settings):
     """Compare both norms, compiled once."""
-    with sharing({}):
-        for norm in NORMS:
-            result = input_jacobian_norm(model, x, norm=norm, **settings)
-            expected = squares(jacobians, norm)
-            np.testing.assert_allclose(result.samples, expected, rtol=rel)
-            assert result.value == pytest.approx(np.mean(expected), rel=rel)
-            stderr = np.std(expected, ddof=1) / math.sqrt(len(expected))
-            assert result.stderr == pytest.approx(stderr, rel=100 * rel)
+    for norm in NORMS:
+        result = input_jacobian_norm(model, x, norm=norm, **settings)
+        expected = squares(jacobians, norm)
+        np.testing.assert_allclose(result.samples, expected, rtol=rel)
+        assert result.value == pytest.approx(np.mean(expected), rel=rel)
+        stderr = np.std(expected, ddof=1) / math.sqrt(len(expected))
+        assert result.stderr == pytest.approx(stderr, rel=100 * rel)
 
 
 # In float64 sums of some ten terms, of which p - p^2 cancels little: 1e-12.
@@ -71,10 +69,9 @@ def test_logistic_regression_has_a_closed_form(float64, data, from_logits):
 def test_jacobian_of_a_model_without_classes_is_that_of_its_output(float64, data):
     model = sequential(layers.Dense(3), loss="mse")
     jacobians = [model.get_weights()[0].T] * 12
-    with sharing({}):
-        for norm in NORMS:
-            samples = input_jacobian_norm(model, data[0], norm=norm).samples
-            np.testing.assert_allclose(samples, squares(jacobians, norm), rtol=1e-12)
+    for norm in NORMS:
+        samples = input_jacobian_norm(model, data[0], norm=norm).samples
+        np.testing.assert_allclose(samples, squares(jacobians, norm), rtol=1e-12)
 
 
 def test_float32(data):
@@ -106,8 +103,8 @@ def test_two_outputs_are_taken_as_one_row(float64, data):
     assert result.value == pytest.approx(np.linalg.norm(kernel, 2) ** 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 128])
-def test_examples_do_not_see_each_other(float64, data, batch_size):
+@pytest.mark.parametrize("chunk_size", [1, 5, 128])
+def test_examples_do_not_see_each_other(float64, data, chunk_size):
     """Against finite differences by an example's own inputs; batch norm is in inference mode."""
     stack = [layers.Dense(5), layers.BatchNormalization(), layers.Activation("tanh")]
     stack += [layers.Dropout(0.5), layers.Dense(NUM_CLASSES)]
@@ -123,7 +120,7 @@ def test_examples_do_not_see_each_other(float64, data, batch_size):
     steps = 1e-5 * np.eye(6)
     columns = [(probabilities(data[0] + s) - probabilities(data[0] - s)) / 2e-5 for s in steps]
     # Probabilities are rounded to 1e-16, differences of them divided by 2e-5.
-    assert_norms(model, data[0], np.stack(columns, axis=2), rel=1e-7, batch_size=batch_size)
+    assert_norms(model, data[0], np.stack(columns, axis=2), rel=1e-7, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("margin", [2.0, 12.0, 15.0, 40.0, 200.0])
@@ -169,12 +166,11 @@ def test_batches_give_what_arrays_give(data, make):
 
 def test_examples_are_drawn_without_replacement(float64, data):
     model = sequential(layers.Dense(NUM_CLASSES))
-    with sharing({}):
-        every = input_jacobian_norm(model, data[0]).samples
-        few, again, others = (
-            input_jacobian_norm(model, data[0], num_examples=7, batch_size=7, seed=seed).samples
-            for seed in (0, 0, 1)
-        )
+    every = input_jacobian_norm(model, data[0]).samples
+    few, again, others = (
+        input_jacobian_norm(model, data[0], num_examples=7, chunk_size=7, seed=seed).samples
+        for seed in (0, 0, 1)
+    )
     used = [int(np.argmin(np.abs(every - value))) for value in few]
     np.testing.assert_allclose(few, every[used], rtol=1e-12)
     assert len(set(used)) == 7
@@ -183,7 +179,7 @@ def test_examples_are_drawn_without_replacement(float64, data):
 
 
 def test_model_and_seeds_are_untouched():
-    assert_untouched(lambda *args: input_jacobian_norm(*args, num_examples=8, batch_size=5))
+    assert_untouched(lambda *args: input_jacobian_norm(*args, num_examples=8, chunk_size=5))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
@@ -197,7 +193,7 @@ def test_integers_are_refused(data, dtype):
     ("arguments", "message"),
     [
         ({"norm": "nuclear"}, "`norm` must be one of 'spectral', 'frobenius'. Received: norm="),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1."),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
         ({"num_examples": 0}, "`num_examples` must be an integer of at least 1."),
         ({"num_examples": 13}, "`num_examples` must not exceed the number of examples in the data"),
         ({"seed": -1}, "`seed` must be an integer of at least 0."),

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, jacobian, numpy, only_on
 from keras import layers, ops
-from test_gamma_hat import NUM_CLASSES, compiled, ln_xi, measure, sequential
+from measuring import measure
+from nets import NUM_CLASSES, compiled, sequential
+from oracles import ln_xi
 
 from keras_infomcr import backend
 from keras_infomcr.flatness import gamma_hat_by_layer
-from keras_infomcr.flatness.fisher.gamma_hat import checked_settings
 from keras_infomcr.flatness.per_example import layer_grams
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
 
 @pytest.fixture
@@ -112,7 +114,16 @@ def made(stack):
 
 
 def estimator_of(model, data):
-    return GammaHatEstimator(model, *data, **checked_settings(num_examples=4, num_trials=1))
+    settings = TrialSettings(
+        num_examples=4,
+        num_trials=1,
+        training=False,
+        chunk_size=None,
+        normalize_softmax=False,
+        softmax_scale=0.04,
+        seed=None,
+    )
+    return GammaHatEstimator(model, *data, settings)
 
 
 @pytest.mark.parametrize(

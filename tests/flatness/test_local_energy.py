@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from frameworks import numpy
 from measuring import Quadratic, assert_untouched, kinds_of_data
-from test_gamma_hat import NUM_CLASSES, classifier, compiled, from_logits, sequential
+from nets import NUM_CLASSES, classifier, compiled, from_logits, sequential
 
 from keras_infomcr.flatness import local_energy
 from keras_infomcr.flatness.data.examples import Batches
-from keras_infomcr.flatness.loss.energy import Energy
-from keras_infomcr.flatness.running.shared import sharing
+from keras_infomcr.flatness.loss.batch_norm_statistics import reestimated_state
+from keras_infomcr.flatness.loss.zero_one_error import LossAndError
 
 layers = keras.layers
 
@@ -120,13 +120,13 @@ def test_error_of_soft_binary_labels_is_that_of_the_nearer_class(data):
     model = sequential(layers.Dense(1), loss=binary_from_logits())
     soft = np.where(data[0] @ model.get_weights()[0] > 0, 0.9, 0.1).astype("float32")
     soft[:3] = 1 - soft[:3]
-    loss, error = Energy(model).energies([(data[0], soft)], *energy_at(model))
+    loss, error = LossAndError(model).loss_and_error([(data[0], soft)], *energy_at(model))
     assert error == pytest.approx(3 / 12)
     assert loss == pytest.approx(model.evaluate(data[0], soft, verbose=0), rel=1e-5)
 
 
 def energy_at(model):
-    energy = Energy(model)
+    energy = LossAndError(model)
     return energy.weights(), energy.state()
 
 
@@ -138,7 +138,7 @@ def test_error_leaves_out_what_is_masked(rng):
     labels = numpy(model(words)).argmax(axis=-1)
     labels[:, 0] = (labels[:, 0] + 1) % NUM_CLASSES
     labels[:, 3:] = (labels[:, 3:] + 1) % NUM_CLASSES
-    _, error = Energy(model).energies([(words, labels)], *energy_at(model))
+    _, error = LossAndError(model).loss_and_error([(words, labels)], *energy_at(model))
     assert error == pytest.approx(1 / 3, rel=1e-6)
 
 
@@ -162,9 +162,8 @@ def test_no_noise_raises_nothing(data):
 
 def test_grid_is_separate_calls_of_one_seed(float64, data):
     model, settings = classifier(), {"num_samples": 3, "seed": 5}
-    with sharing({}):
-        grid = local_energy(model, *data, sigma=(0.3, 0.0, 1.0), **settings)
-        separate = [local_energy(model, *data, sigma=s, **settings) for s in (0.3, 0.0, 1.0)]
+    grid = local_energy(model, *data, sigma=(0.3, 0.0, 1.0), **settings)
+    separate = [local_energy(model, *data, sigma=s, **settings) for s in (0.3, 0.0, 1.0)]
     for k, alone in enumerate(separate):
         for name in ("value", "stderr", "error", "error_stderr", "sigma"):
             assert isinstance(getattr(alone, name), float)
@@ -174,7 +173,7 @@ def test_grid_is_separate_calls_of_one_seed(float64, data):
     assert math.isnan(local_energy(model, *data, num_samples=1).stderr)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 5}, {"num_examples": 12}])
+@pytest.mark.parametrize("settings", [{"chunk_size": 5}, {"num_examples": 12}])
 def test_batches_and_order_do_not_change_the_result(float64, data, settings):
     model = sequential(layers.Dense(5), layers.BatchNormalization(), layers.Dense(NUM_CLASSES))
     expected = local_energy(model, *data, num_samples=2, seed=0)
@@ -186,9 +185,8 @@ def test_batches_and_order_do_not_change_the_result(float64, data, settings):
 def test_batches_give_what_arrays_give(data, make):
     model = sequential(layers.Dense(NUM_CLASSES))
     settings = {"sigma": 1.0, "num_samples": 2, "seed": 0}
-    with sharing({}):
-        expected = local_energy(model, *data, **settings)
-        result = local_energy(model, make(*data), **settings)
+    expected = local_energy(model, *data, **settings)
+    result = local_energy(model, make(*data), **settings)
     np.testing.assert_allclose(numbers(result), numbers(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -215,13 +213,13 @@ def test_statistics_given_anew_make_the_scale_of_a_kernel_vanish(float64, data):
     assert abs(values[1] - values[3]) > 0.1
 
 
-@pytest.mark.parametrize("batch_size", [128, 5])
-def test_statistics_given_anew_are_those_of_the_batches(float64, data, batch_size):
+@pytest.mark.parametrize("chunk_size", [128, 5])
+def test_statistics_given_anew_are_those_of_the_batches(float64, data, chunk_size):
     """Of all of them together. Dropout does not act."""
     stack = [layers.Dropout(0.5), layers.BatchNormalization(center=False, scale=False)]
     model = sequential(*stack, layers.Dense(NUM_CLASSES))
     x, y = data
-    settings = {"num_samples": 2, "seed": 0, "batch_size": batch_size}
+    settings = {"num_samples": 2, "seed": 0, "chunk_size": chunk_size}
     moving = local_energy(model, x, y, **settings).value
     result = local_energy(model, x, y, reestimate_statistics=True, **settings).value
     model.layers[1].set_weights([x.astype("float64").mean(axis=0), x.astype("float64").var(axis=0)])
@@ -232,8 +230,12 @@ def test_statistics_given_anew_are_those_of_the_batches(float64, data, batch_siz
 def test_statistics_of_a_layer_called_twice_are_the_means_of_its_calls(float64, data):
     inputs, norm = keras.Input((6,)), layers.BatchNormalization()
     both = layers.concatenate([norm(inputs), norm(10 * inputs)])
-    energy = Energy(compiled(keras.Model(inputs, layers.Dense(NUM_CLASSES)(both)), from_logits()))
-    mean, variance = energy.reestimated(Batches(*data, 128), energy.weights(), energy.state())[:2]
+    energy = LossAndError(
+        compiled(keras.Model(inputs, layers.Dense(NUM_CLASSES)(both)), from_logits())
+    )
+    mean, variance = reestimated_state(
+        energy, Batches(*data, 128), energy.weights(), energy.state()
+    )[:2]
     x = data[0].astype("float64")
     np.testing.assert_allclose(mean, 5.5 * x.mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(variance, 50.5 * x.var(axis=0), rtol=1e-9)
@@ -242,10 +244,10 @@ def test_statistics_of_a_layer_called_twice_are_the_means_of_its_calls(float64, 
 
 def test_statistics_are_those_of_the_weights_given(float64, data):
     model = with_batch_norm()
-    energy = Energy(model)
+    energy = LossAndError(model)
     weights = np.random.default_rng(1).normal(size=energy.size)
     before = energy.state()
-    state = energy.reestimated(Batches(*data, 128), weights, before)
+    state = reestimated_state(energy, Batches(*data, 128), weights, before)
     hidden = data[0] @ weights[:30].reshape(6, 5)
     expected = [hidden.mean(axis=0), hidden.var(axis=0)]
     np.testing.assert_allclose(state[:2], expected, rtol=1e-9)
@@ -289,7 +291,7 @@ def test_progress_counts_the_passes_over_the_data(data, capsys):
         ({"num_samples": 0}, "`num_samples` must be an integer of at least 1."),
         ({"kind": "both"}, "`kind` must be one of 'multiplicative', 'additive'. Received: kind="),
         ({"reestimate_statistics": 1}, "`reestimate_statistics` must be `True` or `False`."),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1."),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
         ({"num_examples": 13}, "`num_examples` must not exceed the number of examples in the data"),
         ({"y": None}, "Labels are needed. Received: y=None."),
         ({"x": iter([]), "y": None}, "Received: an iterator or endless data"),
@@ -304,5 +306,5 @@ def test_bad_arguments(data, arguments, message):
 
 def test_loss_must_be_a_mean(data):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-    with pytest.raises(ValueError, match="The compiled loss must be a mean over the examples"):
+    with pytest.raises(ValueError, match="The loss must be a mean over the examples"):
         local_energy(sequential(layers.Dense(NUM_CLASSES), loss=loss), *data)

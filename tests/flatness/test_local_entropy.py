@@ -11,10 +11,9 @@ import mpmath
 import numpy as np
 import pytest
 from measuring import Quadratic, assert_untouched, kinds_of_data, softmax
-from test_gamma_hat import NUM_CLASSES, classifier, sequential
+from nets import NUM_CLASSES, classifier, sequential
 
 from keras_infomcr.flatness import local_entropy, local_entropy_gradient_norm
-from keras_infomcr.flatness.running.shared import sharing
 
 layers = keras.layers
 MEASURES = [local_entropy, local_entropy_gradient_norm]
@@ -147,7 +146,7 @@ def test_batches_and_order_do_not_change_the_result(float64, data, measure):
     model = sequential(layers.Dense(5), layers.BatchNormalization(), layers.Dense(NUM_CLASSES))
     settings = {"gamma": 1.0, "seed": 0, **FEW[measure]}
     expected = measure(model, *data, **settings)
-    result = measure(model, *data, batch_size=5, num_examples=12, **settings)
+    result = measure(model, *data, chunk_size=5, num_examples=12, **settings)
     np.testing.assert_allclose(result.samples, expected.samples, rtol=1e-9)
     assert result.value == pytest.approx(expected.value, rel=1e-9)
     others = measure(model, *data, **{**settings, "seed": 1}).samples
@@ -159,8 +158,7 @@ def test_batches_give_what_arrays_give(data, make):
     model = sequential(layers.Dense(NUM_CLASSES))
     for measure in MEASURES:
         settings = {"gamma": 1.0, "seed": 0, **FEW[measure]}
-        with sharing({}):
-            results = [measure(model, *d, **settings).value for d in (data, (make(*data),))]
+        results = [measure(model, *d, **settings).value for d in (data, (make(*data),))]
         assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
@@ -191,7 +189,7 @@ def test_progress_counts_the_passes_over_the_data(data, capsys):
     [
         ({"gamma": 0.0}, "`gamma` must be a finite number greater than 0. Received: gamma=0.0"),
         ({"gamma": math.inf}, "`gamma` must be a finite number greater than 0."),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1."),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
         ({"num_examples": 13}, "`num_examples` must not exceed the number of examples in the data"),
         ({"y": None}, "Labels are needed. Received: y=None."),
         ({"x": [], "y": None}, "The data must not be empty. Received: no batch"),

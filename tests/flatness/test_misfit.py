@@ -25,7 +25,7 @@ MEASURES = {
     "hessian_trace": {"num_products": 6},
     "hessian_frobenius_norm": {"num_products": 2},
     "hessian_spectral_radius": {},
-    "hessian_top_eigenvalues": {"k": 1},
+    "hessian_top_eigenvalues": {"num_eigenvalues": 1},
     "hessian_spectral_density": {"num_probes": 1, "num_steps": 3},
 }
 
@@ -64,7 +64,7 @@ def misfits(function, *args, **kwargs):
         warnings.simplefilter("always")
         function(*args, **kwargs)
     texts = [str(w.message) for w in caught if "does not fit" in str(w.message)]
-    pattern = r"mean loss, (\S+), is more than twice that of a uniform guess, (\S+)\. "
+    pattern = r"mean loss, (\S+), is more than twice the loss of a uniform guess, (\S+)\. "
     return [tuple(map(float, re.search(pattern, text).groups())) for text in texts]
 
 

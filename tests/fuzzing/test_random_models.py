@@ -289,7 +289,7 @@ def check_gamma_hat(case):
     if smallest < 1e-4:
         return  # ln|J J^T| would be a matter of rounding
     expected = np.linalg.slogdet(rows @ rows.T)[1]
-    # See `rounding` in test_gamma_hat.py.
+    # See `rounding` in tests/flatness/oracles.py.
     bound = 2 * NUM_EXAMPLES**1.5 * 1e3 * np.finfo("float64").eps / smallest
     assert abs(gamma_hat(model, x, y, **settings).value - expected) <= bound * 100
 

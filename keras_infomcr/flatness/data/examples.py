@@ -3,19 +3,21 @@
 import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def read_examples(x, y, limit):
+def read_examples(x: Any, y: Any, limit: int) -> tuple:
     """Read labelled examples from arrays or from batches.
 
     Args:
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`.
         y: Array or structure of arrays `[N, ...]`, `None` if `x` gives batches.
-        limit: Integer. Of an iterable of batches only so many examples are read.
+        limit: Integer, how many examples of an iterable of batches are read at most.
 
     Returns:
         Tuple `(x, y)` of structures of NumPy arrays with equal first dimensions.
@@ -30,7 +32,9 @@ def read_examples(x, y, limit):
     return _checked(x, y)
 
 
-def draw_trials(size, num_examples, num_trials, seed):
+def draw_trials(
+    size: int, num_examples: int, num_trials: int, seed: int | None
+) -> list[np.ndarray]:
     """Draw the examples of trials, none twice until all have been used.
 
     Args:
@@ -52,6 +56,7 @@ def draw_trials(size, num_examples, num_trials, seed):
             f"Use `num_examples={size}`, or give more data."
         )
     generator = np.random.default_rng(seed)
+    # A pass deals out the examples to as many trials as they suffice for, none twice.
     per_pass = size // num_examples
     passes = [generator.permutation(size) for _ in range(-(-num_trials // per_pass))]
     trials = [
@@ -62,14 +67,16 @@ def draw_trials(size, num_examples, num_trials, seed):
     return trials[:num_trials]
 
 
-def num_copies(x):
+def num_copies(x: Any) -> int:
     """Return how many examples of a structure of NumPy arrays repeat an earlier one."""
     arrays = keras.tree.flatten(x)
     size = len(arrays[0])
     return size - len({tuple(a[i].tobytes() for a in arrays) for i in range(size)})
 
 
-def trial_batches(x, y, num_examples, num_trials, batch_size, seed):
+def trial_batches(
+    x: Any, y: Any, num_examples: int | None, num_trials: int, chunk_size: int, seed: int | None
+) -> list["Batches"]:
     """Return the data of each trial.
 
     Args:
@@ -77,18 +84,18 @@ def trial_batches(x, y, num_examples, num_trials, batch_size, seed):
         y: As for `read_examples`.
         num_examples: Integer, the examples of a trial, or `None`: one trial of all of the data.
         num_trials: Integer, at least 1.
-        batch_size: Integer, at least 1.
+        chunk_size: Integer, at least 1.
         seed: Integer or `None`.
 
     Returns:
         List of `Batches`.
     """
     if num_examples is None:
-        return [Batches(x, y, batch_size)]
+        return [Batches(x, y, chunk_size)]
     x, y = read_examples(x, y, limit=num_examples * num_trials)
     size = len(keras.tree.flatten(x)[0])
     return [
-        Batches(*keras.tree.map_structure(lambda a, rows=rows: a[rows], (x, y)), batch_size)
+        Batches(*keras.tree.map_structure(lambda a, rows=rows: a[rows], (x, y)), chunk_size)
         for rows in draw_trials(size, num_examples, num_trials, seed)
     ]
 
@@ -99,14 +106,14 @@ class Batches:
     Args:
         x: As for `read_examples`; batches must be iterable more than once.
         y: As for `read_examples`.
-        batch_size: Integer, at least 1. Batches that the data come in stay as they are.
+        chunk_size: Integer, at least 1. Batches that the data come in stay as they are.
 
     Raises:
         TypeError: As `read_examples`; for batches, when they are read.
         ValueError: As `read_examples`, and if `x` can be read once only.
     """
 
-    def __init__(self, x, y, batch_size):
+    def __init__(self, x: Any, y: Any, chunk_size: int):
         self._batches = None
         if _gives_batches(x, y):
             if hasattr(x, "__next__") or _is_endless(x):
@@ -117,9 +124,9 @@ class Batches:
             self._batches = x
         else:
             self._x, self._y = _checked(x, y)
-            self._batch_size = batch_size
+            self._chunk_size = chunk_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple]:
         if self._batches is not None:
             batch = None
             for batch in _batches(self._batches):
@@ -127,18 +134,18 @@ class Batches:
             if batch is None:
                 raise ValueError("The data must not be empty. Received: no batch")
             return
-        for start in range(0, len(keras.tree.flatten(self._x)[0]), self._batch_size):
-            rows = slice(start, start + self._batch_size)
+        for start in range(0, len(keras.tree.flatten(self._x)[0]), self._chunk_size):
+            rows = slice(start, start + self._chunk_size)
             yield keras.tree.map_structure(lambda a: a[rows], (self._x, self._y))  # noqa: B023
 
 
-def _is_endless(x):
+def _is_endless(x: Any) -> bool:
     if isinstance(x, keras.utils.PyDataset):
         return x.num_batches is None
     return hasattr(x, "cardinality") and int(x.cardinality()) == -1  # as tf.data says it
 
 
-def _gives_batches(x, y):
+def _gives_batches(x: Any, y: Any) -> bool:
     """Return whether the data are batches `(x, y)`, or raise an error if they are no data."""
     if isinstance(x, (np.ndarray, dict)) or hasattr(x, "__array__"):
         return False
@@ -157,7 +164,7 @@ def _gives_batches(x, y):
     return True
 
 
-def _batches(x):
+def _batches(x: Any) -> Iterator:
     batches = x
     if isinstance(x, keras.utils.PyDataset):
         indices = itertools.count() if x.num_batches is None else range(x.num_batches)

@@ -7,32 +7,35 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.per_example.gamma_hat_estimator import shared_estimator
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class GammaHat:
-    """What `gamma_hat` returns. Natural logarithms, summed over the N' examples of a trial.
+class GammaHat(Estimate):
+    """The result of `gamma_hat`: natural logarithms, summed over the N' examples of a trial.
 
     Attributes:
         value: Float, gamma-hat: the mean of ln|xi| over the trials. Smaller is flatter.
         stderr: Float, its standard error over the trials, NaN for a single trial.
-        trials: Array `[T]`, ln|xi| of each trial.
+        samples: Array `[T]`, ln|xi| of each trial.
+        trials: The same array, by the paper's word for it.
         log_loss_part: Float, the mean of 2 sum_i ln sigmoid(-m_i): how well the examples are
             fitted. 0 if the loss is no cross-entropy.
         geometry_part: Float, the mean of ln|G|, G the Gram matrix of the gradients of the
             log-odds m_i. `value` is the sum of the two parts.
     """
 
-    value: float
-    stderr: float
-    trials: np.ndarray
     log_loss_part: float
     geometry_part: float
 
+    @property
+    def trials(self) -> np.ndarray:
+        return self.samples
+
     @classmethod
-    def of(cls, parts: np.ndarray) -> "GammaHat":
+    def of_parts(cls, parts: np.ndarray) -> "GammaHat":
         """Return the statistics of trials.
 
         Args:
@@ -41,9 +44,8 @@ class GammaHat:
         Returns:
             A `GammaHat`.
         """
-        trials = parts.sum(axis=1)
         log_loss, geometry = (float(part) for part in parts.mean(axis=0))
-        return cls(float(trials.mean()), standard_error(trials), trials, log_loss, geometry)
+        return cls.of(parts.sum(axis=1), log_loss_part=log_loss, geometry_part=geometry)
 
 
 def gamma_hat(
@@ -59,6 +61,8 @@ def gamma_hat(
     training: bool = False,
     chunk_size: int | None = None,
     seed: int | None = None,
+    loss: Any = None,
+    verbose: int = 0,
 ) -> GammaHat:
     """Measure gamma-hat of a model: ln|J J^T|, J the gradients of the losses of a few examples.
 
@@ -71,12 +75,14 @@ def gamma_hat(
     gamma-hat of a classifier. The model, its state, its optimizer and all seeds are left as they
     are.
 
-    Whatever the loss, l_i is the loss of the example alone, as Fisher information is that of
-    -ln p(y_i|x_i): label smoothing, `loss_weights`, `add_loss`, penalties on weights and
-    activities and sample weights have no part in it. (The paper trains with label smoothing and
-    measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum of
-    their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses other
-    than the cross-entropy of one output take soft labels as they are.
+    Whatever the loss, l_i is the loss of the example alone, as Fisher information is made of the
+    gradients of -ln p(y_i|x_i). Label smoothing, `loss_weights`, `add_loss`, penalties on weights
+    and activities and sample weights have no part in it. (The paper trains with label smoothing
+    and measures with one-hot labels, Sec. 3.1.) If the model has several outputs, l_i is the sum
+    of their losses, weighted by `loss_weights`, for nothing else makes one loss of them. Losses
+    other than the cross-entropy of one output take soft labels as they are.
+
+    What is compiled is kept as long as the model lives, and compiled anew after `model.compile`.
 
     To compare runs with and without a regulariser pass `normalize_softmax=True`, as the paper
     does: without it the value falls as the logits grow, and is least for a run that has diverged.
@@ -96,7 +102,8 @@ def gamma_hat(
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1, or `"auto"`. T, the trials averaged; the standard error
             falls as its square root. Trials share no example until all have been used. With
-            `"auto"`, 5 to 100: as many as `relative_tolerance` asks for. Defaults to 100.
+            `"auto"`, 5 to 100: as many as `relative_tolerance` asks for. Defaults to 100, as in
+            the paper; all other measures of trials average 10.
         relative_tolerance: Float, greater than 0: with `num_trials="auto"`, the standard error
             that is good enough, as a fraction of gamma-hat's size. Defaults to 0.01.
         normalize_softmax: Boolean, whether to divide the logits by `softmax_scale` times their
@@ -108,6 +115,12 @@ def gamma_hat(
         chunk_size: Integer, at least 1, or `None`: examples that go through the model together.
             With `training=False` it does not change the result. Defaults to `num_examples`.
         seed: Integer or `None`, of the draw of examples. Defaults to a new draw each time.
+        loss: What to measure in place of the compiled loss: a loss of Keras, its name, a function
+            of `(y_true, y_pred)`, or a structure of these like the outputs. With it a model can
+            be measured that is not compiled, or whose `train_step` or `compute_loss` is its own.
+            Pass the same function again rather than a new `lambda`, for which all is compiled
+            anew. Defaults to the compiled loss.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
 
     Returns:
         A `GammaHat`. A singular xi gives -inf, with a warning that names the cause.
@@ -125,7 +138,8 @@ def gamma_hat(
     print(f"{result.value:.1f} +- {result.stderr:.1f}")
     ```
     """
-    settings = checked_settings(
+    validation.one_of(0, 1, verbose=verbose)
+    settings = TrialSettings(
         num_examples=num_examples,
         num_trials=num_trials,
         relative_tolerance=relative_tolerance,
@@ -134,30 +148,6 @@ def gamma_hat(
         training=training,
         chunk_size=chunk_size,
         seed=seed,
+        loss=loss,
     )
-    return GammaHat.of(shared_estimator(model, x, y, settings).measure())
-
-
-def checked_settings(
-    *,
-    num_examples=100,
-    num_trials=100,
-    relative_tolerance=0.01,
-    normalize_softmax=False,
-    softmax_scale=0.04,
-    training=False,
-    chunk_size=None,
-    seed=None,
-):
-    """Return the settings of `gamma_hat`, or raise a `ValueError` if one is out of its range."""
-    settings = dict(locals())
-    validation.integer(minimum=1, num_examples=num_examples)
-    if not isinstance(num_trials, str) or num_trials != "auto":
-        validation.integer(minimum=1, num_trials=num_trials)
-    validation.boolean(normalize_softmax=normalize_softmax, training=training)
-    validation.positive(relative_tolerance=relative_tolerance, softmax_scale=softmax_scale)
-    if chunk_size is not None:
-        validation.integer(minimum=1, chunk_size=chunk_size)
-    if seed is not None:
-        validation.integer(minimum=0, seed=seed)
-    return settings
+    return GammaHat.of_parts(GammaHatEstimator(model, x, y, settings).measure(verbose))

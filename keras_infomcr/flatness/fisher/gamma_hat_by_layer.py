@@ -8,13 +8,13 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.fisher.gamma_hat import checked_settings
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class GammaHatByLayer:
-    """What `gamma_hat_by_layer` returns, for L layers in the order of the model's weights.
+    """The result of `gamma_hat_by_layer`, for L layers in the order of the model's weights.
 
     Attributes:
         layers: Tuple of L strings, the paths of the layers that have trainable weights. Layers of
@@ -34,7 +34,19 @@ class GammaHatByLayer:
 
 
 def gamma_hat_by_layer(
-    model: keras.Model, x: Any, y: Any = None, *, num_trials: int = 10, **settings: Any
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_examples: int = 100,
+    num_trials: int = 10,
+    normalize_softmax: bool = False,
+    softmax_scale: float = 0.04,
+    training: bool = False,
+    chunk_size: int | None = None,
+    seed: int | None = None,
+    loss: Any = None,
+    verbose: int = 0,
 ) -> GammaHatByLayer:
     """Measure gamma-hat of each layer: ln|J_l J_l^T|, J_l the gradients by the layer's weights.
 
@@ -45,9 +57,17 @@ def gamma_hat_by_layer(
         model: A compiled and built `keras.Model`.
         x: As for `gamma_hat`.
         y: As for `gamma_hat`.
+        num_examples: Integer, at least 1. N', the examples of a trial. If it is at most the
+            number of weights of the smallest layer of interest, that layer's value is finite.
+            Defaults to 100.
         num_trials: Integer, at least 1. The trials averaged. Defaults to 10.
-        **settings: The other arguments of `gamma_hat`. With `num_examples` at most the number of
-            weights of the smallest layer of interest, its value is finite.
+        normalize_softmax: As for `gamma_hat`. Defaults to `False`.
+        softmax_scale: As for `gamma_hat`. Defaults to 0.04.
+        training: As for `gamma_hat`. Defaults to `False`.
+        chunk_size: As for `gamma_hat`. Defaults to `num_examples`.
+        seed: As for `gamma_hat`. Defaults to a new draw each time.
+        loss: As for `gamma_hat`. Defaults to the compiled loss.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
 
     Returns:
         A `GammaHatByLayer`, which `keras_infomcr.flatness.plot.gamma_hat_by_layer` draws.
@@ -67,9 +87,19 @@ def gamma_hat_by_layer(
     Regularization", ICML 2020 (https://arxiv.org/abs/1911.08192), for one layer's weights.
     """
     validation.integer(minimum=1, num_trials=num_trials)
-    settings = checked_settings(num_trials=num_trials, **settings)
-    estimator = GammaHatEstimator(model, x, y, **settings)
-    trials = estimator.measure_layers()
+    validation.one_of(0, 1, verbose=verbose)
+    settings = TrialSettings(
+        num_examples=num_examples,
+        num_trials=num_trials,
+        normalize_softmax=normalize_softmax,
+        softmax_scale=softmax_scale,
+        training=training,
+        chunk_size=chunk_size,
+        seed=seed,
+        loss=loss,
+    )
+    estimator = GammaHatEstimator(model, x, y, settings)
+    trials = estimator.measure_layers(verbose)
     return GammaHatByLayer(
         estimator.layers,
         estimator.num_weights,

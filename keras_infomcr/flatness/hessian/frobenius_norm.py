@@ -3,16 +3,24 @@
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_infomcr import validation
-from keras_infomcr.core.euclidean_norm import euclidean_norm, unit_of
 from keras_infomcr.flatness.estimate import Estimate
-from keras_infomcr.flatness.hessian.operator import mean_estimate, measure_hessian
+from keras_infomcr.flatness.hessian.operator import Hessian
 
 
 def hessian_frobenius_norm(
-    model: keras.Model, x: Any, y: Any = None, *, num_products: int = 30, **settings: Any
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_products: int = 30,
+    num_examples: int | None = None,
+    num_trials: int = 10,
+    chunk_size: int = 128,
+    training: bool = False,
+    loss: Any = None,
+    seed: int | None = None,
+    verbose: int = 0,
 ) -> Estimate:
     """Estimate the Frobenius norm of the Hessian H of the loss by the weights.
 
@@ -20,16 +28,21 @@ def hessian_frobenius_norm(
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192), which takes the
-    square of this. With trials, their squares are averaged.
+    square of this. Over trials the squares are averaged.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: As for `hessian_trace`.
         x: As for `hessian_trace`.
         y: As for `hessian_trace`.
-        num_products: Integer, at least 2. Hessian-vector products, of all the data or a trial.
-            The standard error falls as its square root. Defaults to 30.
-        **settings: `num_examples`, `num_trials`, `batch_size`, `training`, `seed` and `verbose`,
-            as for `hessian_trace`.
+        num_products: Integer, at least 2. Hessian-vector products, of all the data or for each
+            trial. The standard error falls as the square root of their number. Defaults to 30.
+        num_examples: As for `hessian_trace`.
+        num_trials: As for `hessian_trace`.
+        chunk_size: As for `hessian_trace`.
+        training: As for `hessian_trace`.
+        loss: As for `hessian_trace`.
+        seed: As for `hessian_trace`.
+        verbose: As for `hessian_trace`.
 
     Returns:
         An `Estimate`, its samples the ||H z||, with the standard error of a root.
@@ -44,15 +57,16 @@ def hessian_frobenius_norm(
     result = hessian_frobenius_norm(model, x_train, y_train, num_examples=100, seed=0)
     ```
     """
-    validation.integer(minimum=2, num_products=num_products)
-
-    def norms(hessian):
-        products = map(hessian.products, hessian.probes(num_products))
-        return np.array([euclidean_norm(p) for some in products for p in some])
-
-    trials = measure_hessian(norms, model, x, y, num_products, **settings)
-    unit = unit_of(trials)
-    square = mean_estimate([(trial / unit) ** 2 for trial in trials])
-    norm = np.sqrt(square.value)
-    stderr = square.stderr / (2 * norm) if norm else square.stderr
-    return Estimate(float(unit * norm), float(unit * stderr), unit * np.sqrt(square.samples))
+    hessian = Hessian(
+        model,
+        x,
+        y,
+        num_examples=num_examples,
+        num_trials=num_trials,
+        chunk_size=chunk_size,
+        training=training,
+        loss=loss,
+        seed=seed,
+        verbose=verbose,
+    )
+    return hessian.frobenius_norm(num_products=num_products)

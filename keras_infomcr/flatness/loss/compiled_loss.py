@@ -8,37 +8,49 @@ Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, 
 its `_flat_losses`, and `_fn_kwargs` of a loss.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_infomcr.flatness.loss.logits import Logits
 from keras_infomcr.flatness.loss.replaced import replaced
 
 
-def build_compiled_loss(model, y, outputs):
-    """Let Keras choose its functions by outputs, which it else does in the first evaluation.
+def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):
+    """Let Keras choose its loss functions by outputs, as it does in the first evaluation.
 
-    What it makes besides, metrics, must not be made while a framework traces.
+    It makes metrics too then, which must not be made while a framework traces.
     """
     if _is_of_keras(model) and not model._compile_loss.built:
         model._compile_loss.build(y, outputs)
 
 
-def _is_of_keras(model):
+def _is_of_keras(model: keras.Model) -> bool:
     return type(model).compute_loss is keras.Model.compute_loss
 
 
-def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False):
+def compiled_loss(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    outputs: Any,
+    logits: Logits,
+    training: bool = False,
+    of_example: bool = False,
+) -> tuple[Any, list]:
     """Return the compiled loss of a batch, and of which outputs Keras clips the probabilities.
 
     Args:
-        model: A compiled `keras.Model`.
+        model: What bears the loss, as `resolved_loss` returns it.
         x: Structure of arrays `[B, ...]`.
         y: Structure of arrays `[B, ...]`.
         outputs: Structure of arrays `[B, ...]`, what the model makes of `x`.
         logits: `Logits` of that call.
         training: Boolean, as for the model's `call`.
         of_example: Boolean, whether to return the loss l of Fisher information: without label
-            smoothing, `add_loss`, activity penalties and the weight of an only loss.
+            smoothing, `add_loss`, activity penalties and, of a single loss, its weight.
 
     Returns:
         Tuple of a scalar and a list of pairs: an output whose logits are not known, though its
@@ -63,20 +75,20 @@ def compiled_loss(model, x, y, outputs, logits, training=False, of_example=False
         return compute(), clipped
 
 
-def _without_smoothing(loss):
+def _without_smoothing(loss: Any) -> Any:
     if not getattr(loss, "_fn_kwargs", {}).get("label_smoothing"):
         return loss
     return _changed(loss, _fn_kwargs={**loss._fn_kwargs, "label_smoothing": 0.0})
 
 
-def _changed(loss, **attributes):
+def _changed(loss: Any, **attributes) -> Any:
     """Return a copy of a loss with other attributes; `copy.copy` would serialise it."""
     changed = object.__new__(type(loss))
     changed.__dict__.update(loss.__dict__ | attributes)
     return changed
 
 
-def _looking_behind(loss, logits, clipped):
+def _looking_behind(loss: Any, logits: Logits, clipped: list) -> Callable:
     """Return what computes a loss of the logits where they are known, and else notes the output."""
     function = getattr(loss, "fn", None)
     if type(loss).call is not keras.losses.CategoricalCrossentropy.call:
@@ -103,20 +115,22 @@ def _looking_behind(loss, logits, clipped):
     return looking_behind
 
 
-def _known_logits(loss, y_pred, kind, logits):
+def _known_logits(loss: Any, y_pred: Any, kind: str, logits: Logits) -> Any:
     last = -1, len(y_pred.shape) - 1
     usual = kind == "binary" or loss._fn_kwargs.get("axis", -1) in last
     return logits.of(y_pred, kind) if usual else None
 
 
-def _softmax_cross_entropy(function):
+def _softmax_cross_entropy(function: Callable) -> Callable:
+    """Subtract the largest logit first: its own then is 0 exactly, and nothing cancels."""
+
     def of_logits(y_true, z, axis=-1, **kwargs):
         return function(y_true, z - ops.max(z, axis=axis, keepdims=True), axis=axis, **kwargs)
 
     return of_logits
 
 
-def _sigmoid_cross_entropy(function):
+def _sigmoid_cross_entropy(function: Callable) -> Callable:
     """Take the sigmoid cross-entropy as the softmax cross-entropy of the logits z and 0."""
     of_two = _softmax_cross_entropy(keras.losses.categorical_crossentropy)
 

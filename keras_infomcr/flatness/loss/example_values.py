@@ -6,6 +6,8 @@ their size where p_c rounds to 1 and grad l to 0.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,17 +15,24 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.loss.compiled_loss import compiled_loss
+from keras_infomcr.flatness.loss.logits import Logits
 from keras_infomcr.flatness.running.checks import warn
 from keras_infomcr.layers.logit_normalization import normalize_logits
 from keras_infomcr.objective import losses_of
 
 
-def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
-    """Choose the per-example values that fit the compiled loss of a model.
+def example_values(
+    model: keras.Model,
+    outputs: Any,
+    logits: Logits,
+    normalize_softmax: bool,
+    softmax_scale: float,
+) -> "CategoricalLogOdds | ExampleLoss":
+    """Choose the per-example values that fit the loss of a model.
 
     Args:
-        model: A compiled `keras.Model`.
-        outputs: Its outputs on an example.
+        model: What `resolved_loss` returns for the model: it bears the loss.
+        outputs: The model's outputs on an example.
         logits: `Logits` of that call.
         normalize_softmax: Boolean, whether to normalise the logits.
         softmax_scale: Float, the scale of the normalisation.
@@ -35,7 +44,7 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
         ValueError: If logits are to be normalised and the loss is no softmax cross-entropy.
     """
     loss, kind = kind_of_loss(model, outputs)
-    # Of sequences of classes the loss itself is taken.
+    # A sequence of classes has no one true class: the loss itself is taken.
     categorical = kind == "categorical" and len(_only(outputs).shape) == 2
     binary = kind == "binary"
     if normalize_softmax and not categorical:
@@ -46,19 +55,24 @@ def example_values(model, outputs, logits, normalize_softmax, softmax_scale):
     if not categorical and not binary:
         return ExampleLoss(model)
     from_logits = getattr(loss, "from_logits", False)
-    if not from_logits and logits.of(_only(outputs), kind) is None:
-        warn(
-            "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
-            "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
-            "for one output. Let the model return logits and compile it with a loss with "
-            "`from_logits=True` if that is wrong."
-        )
+    inverts = not from_logits and logits.of(_only(outputs), kind) is None
     if binary:
-        return BinaryLogOdds(from_logits)
-    return CategoricalLogOdds(from_logits, softmax_scale if normalize_softmax else None)
+        return BinaryLogOdds(from_logits, inverts)
+    scale = softmax_scale if normalize_softmax else None
+    return CategoricalLogOdds(from_logits, inverts, _only(outputs).shape[-1], scale)
 
 
-def kind_of_loss(model, outputs):
+def warn_of_inverted_probabilities() -> None:
+    """Warn that logits are computed from probabilities, which is not what every model means."""
+    warn(
+        "The model does not end in a softmax or sigmoid that Keras can look behind, so its "
+        "outputs are taken as probabilities p and its logits as ln p, or ln p - ln(1 - p) "
+        "for one output. Let the model return logits and compile it with a loss with "
+        "`from_logits=True` if that is wrong."
+    )
+
+
+def kind_of_loss(model: keras.Model, outputs: Any) -> tuple[Any, str | None]:
     """Return the one loss of the model, or `None`, and its kind.
 
     The kind is `"categorical"` for softmax cross-entropy, `"binary"` for sigmoid cross-entropy of
@@ -76,13 +90,13 @@ def kind_of_loss(model, outputs):
     return loss, None
 
 
-def has_cross_entropy(model):
+def has_cross_entropy(model: keras.Model) -> bool:
     """Return whether a compiled loss of the model is a cross-entropy, by its name."""
     losses = [keras.losses.get(x) for x in losses_of(model) if x is not None]
     return any("crossentropy" in _name(loss) for loss in losses)
 
 
-def _name(loss):
+def _name(loss: Any) -> str:
     return getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
 
 
@@ -91,16 +105,25 @@ class CategoricalLogOdds:
 
     Args:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+        inverts: Boolean, whether the logits behind the probabilities are not known, so that the
+            activation is inverted.
+        num_classes: Integer, K.
         scale: Float, the scale of the normalisation of the logits, or `None` for none.
     """
 
     kind = "categorical"
 
-    def __init__(self, from_logits, scale):
+    def __init__(self, from_logits: bool, inverts: bool, num_classes: int, scale: float | None):
         self.from_logits = from_logits
+        self.inverts = inverts
+        self.num_classes = num_classes
         self.scale = scale
 
-    def labels(self, y, outputs):
+    def without_normalization(self) -> "CategoricalLogOdds":
+        """Return the log-odds by the logits as they are."""
+        return CategoricalLogOdds(self.from_logits, self.inverts, self.num_classes, None)
+
+    def labels(self, y: Any, outputs: Any) -> Any:
         """Return classes as integers, of labels that are integers, one-hot or soft."""
         y, outputs = _only(y), _only(outputs)
         if len(outputs.shape) != 2 or outputs.shape[-1] < 2:
@@ -108,7 +131,7 @@ class CategoricalLogOdds:
                 "The model must give a row of at least 2 class scores an example. "
                 f"Received: outputs of shape {tuple(outputs.shape)}"
             )
-        self.num_classes = num_classes = outputs.shape[-1]
+        num_classes = self.num_classes
         is_number = np.issubdtype(y.dtype, np.number)
         if y.ndim == 2 and y.shape[-1] == num_classes and is_number and np.all(y.max(-1) > 0):
             return np.argmax(y, axis=-1).astype("int32")
@@ -122,7 +145,7 @@ class CategoricalLogOdds:
             )
         return flat.astype("int32")
 
-    def __call__(self, x, y, outputs, logits):
+    def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
         logits = self._logits(outputs, logits, ops.log)
         if self.scale is not None:
             logits = normalize_logits(logits, self.scale)
@@ -131,16 +154,16 @@ class CategoricalLogOdds:
         others = ops.logsumexp(ops.where(true, zeros - np.inf, logits), axis=-1)
         return ops.sum(ops.where(true, logits, zeros), axis=-1) - others
 
-    def log_loss_factors(self, values):
+    def log_loss_factors(self, values: np.ndarray) -> np.ndarray:
         """Return ln(dl/dm)^2 of each example: 2 ln sigmoid(-m)."""
         with np.errstate(invalid="ignore"):  # NaN is reported with its cause by `gamma_hat`
             return -2 * np.logaddexp(0, values)
 
-    def loss_and_guess(self, values):
-        """Return the mean loss of examples and that of a uniform guess."""
+    def loss_and_guess(self, values: np.ndarray) -> tuple[float, float]:
+        """Return the mean loss of examples and the loss of a uniform guess."""
         return -np.mean(self.log_loss_factors(-values)) / 2, math.log(self.num_classes)
 
-    def _logits(self, outputs, logits, inverse):
+    def _logits(self, outputs: Any, logits: Logits, inverse: Callable) -> Any:
         """Return the logits of the outputs, by the inverse of the activation if need be."""
         known = _only(outputs)
         if not self.from_logits:
@@ -155,15 +178,15 @@ class BinaryLogOdds(CategoricalLogOdds):
 
     Args:
         from_logits: Boolean, whether the model's outputs are logits; else probabilities.
+        inverts: Boolean, as for `CategoricalLogOdds`.
     """
 
     kind = "binary"
-    num_classes = 2
 
-    def __init__(self, from_logits):
-        super().__init__(from_logits, None)
+    def __init__(self, from_logits: bool, inverts: bool):
+        super().__init__(from_logits, inverts, num_classes=2, scale=None)
 
-    def labels(self, y, outputs):
+    def labels(self, y: Any, outputs: Any) -> Any:
         """Return the signs, 1 for labels of at least 0.5, else -1."""
         y = _only(y)
         is_number = np.issubdtype(y.dtype, np.number) or y.dtype == bool
@@ -175,7 +198,7 @@ class BinaryLogOdds(CategoricalLogOdds):
             )
         return np.where(y.reshape(-1) >= 0.5, 1.0, -1.0)
 
-    def __call__(self, x, y, outputs, logits):
+    def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
         logits = self._logits(outputs, logits, lambda p: ops.log(p) - ops.log1p(-p))
         return ops.reshape(logits, (-1,)) * ops.cast(y, logits.dtype)
 
@@ -184,29 +207,31 @@ class ExampleLoss:
     """The loss of each example, for any other loss: see `compiled_loss` with `of_example=True`.
 
     Args:
-        model: A compiled `keras.Model`.
+        model: What `resolved_loss` returns for the model: it bears the loss.
     """
 
-    def __init__(self, model):
+    inverts = False
+
+    def __init__(self, model: keras.Model):
         self.model = model
 
-    def labels(self, y, outputs):
+    def labels(self, y: Any, outputs: Any) -> Any:
         """Return the labels as they are."""
         return y
 
-    def __call__(self, x, y, outputs, logits):
+    def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
         loss, _ = compiled_loss(self.model, x, y, outputs, logits, of_example=True)
         return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
 
-    def log_loss_factors(self, values):
+    def log_loss_factors(self, values: np.ndarray) -> np.ndarray:
         """Return zeros: the rows are gradients of the loss itself."""
         return np.zeros_like(values)
 
-    def loss_and_guess(self, values):
+    def loss_and_guess(self, values: np.ndarray) -> tuple[float, float]:
         """Return the mean loss of examples, and infinity: no guess is known to compare with."""
         return np.mean(values), math.inf
 
 
-def _only(structure):
+def _only(structure: Any) -> Any:
     """Return the one leaf of a structure."""
     return keras.tree.flatten(structure)[0]

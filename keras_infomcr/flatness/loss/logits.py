@@ -1,6 +1,8 @@
 """The logits behind the probabilities that a model returns."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -15,7 +17,7 @@ class Logits:
     def __init__(self):
         self._noted = []
 
-    def of(self, output, kind):
+    def of(self, output: Any, kind: str) -> Any:
         """Return the logits of an output of the model, or `None` if they are not known.
 
         Keras notes them on the output as `_keras_logits`, unless, as in JAX, arrays take no
@@ -23,15 +25,16 @@ class Logits:
 
         Args:
             output: Array of probabilities.
-            kind: `"categorical"`, for those of a softmax over the last axis, or `"binary"`, for
-                those of a sigmoid.
+            kind: `"categorical"`, for the logits of a softmax over the last axis, or `"binary"`,
+                for the logits of a sigmoid.
         """
+        # By identity: what is returned after a further layer is no output of the activation.
         for probabilities, inputs, of_kind in self._noted:
             if probabilities is output:
                 return inputs if of_kind == kind else None
         return getattr(output, "_keras_logits", None)
 
-    def noting(self, activation, kind, axis=-1):
+    def noting(self, activation: Callable, kind: str, axis: Any = -1) -> Callable:
         """Return an activation that notes what it is applied to, unless that is masked."""
 
         def noting_activation(inputs, mask=None, **kwargs):
@@ -45,7 +48,7 @@ class Logits:
         return noting_activation
 
 
-def predict_with_logits(model, predict, x):
+def predict_with_logits(model: keras.Model, predict: Callable, x: Any) -> tuple[Any, Logits]:
     """Return `predict(x)` and the `Logits` of that call."""
     logits = Logits()
     with contextlib.ExitStack() as stack:

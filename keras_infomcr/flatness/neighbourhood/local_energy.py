@@ -9,20 +9,22 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.flatness.data.examples import trial_batches
-from keras_infomcr.flatness.estimate import standard_error
-from keras_infomcr.flatness.loss.energy import Energy
+from keras_infomcr.flatness.estimate import Estimate, standard_error
+from keras_infomcr.flatness.loss.batch_norm_statistics import reestimated_state
+from keras_infomcr.flatness.loss.zero_one_error import LossAndError
 from keras_infomcr.flatness.running.checks import check_sampling
 from keras_infomcr.flatness.running.progress import progress_bar
-from keras_infomcr.flatness.running.shared import shared
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalEnergy:
+class LocalEnergy(Estimate):
     """What `local_energy` returns: floats, or arrays `[S]` for a grid of S sigmas.
 
     Attributes:
         value: The mean rise of the loss.
         stderr: Its standard error over the draws of the noise, NaN for a single one.
+        samples: Array `[num_samples]`, or `[num_samples, S]` for a grid: the rise of the loss at
+            each draw of the noise.
         error: The mean rise of the 0-1 error, a fraction: the measure of the reference. NaN if
             the loss is no cross-entropy of one output.
         error_stderr: Its standard error.
@@ -46,7 +48,8 @@ def local_energy(
     kind: str = "multiplicative",
     reestimate_statistics: bool = False,
     num_examples: int | None = None,
-    batch_size: int = 128,
+    chunk_size: int = 128,
+    loss: Any = None,
     seed: int | None = None,
     verbose: int = 0,
 ) -> LocalEnergy:
@@ -54,19 +57,20 @@ def local_energy(
 
         delta E(sigma) = E_z[E(w + sigma z * w)] - E(w),    z ~ N(0, I)
 
-    All trainable weights are disturbed, each for itself; batch normalisation is in inference
-    mode. All sigmas see the same z. The model is left as it is.
+    E is the loss, and the 0-1 error likewise. All trainable weights are disturbed, each by a number
+    of its own. Batch normalisation is in inference mode. All sigmas see the same z. The model is
+    left as it is.
 
     Reference: Pittorino, Lucibello, Feinauer, Perugini, Baldassi, Demyanenko and Zecchina,
     "Entropic Gradient Descent Algorithms and Wide Flat Minima", ICLR 2021
     (https://arxiv.org/abs/2006.07897).
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: As for `hessian_trace`.
         x: As for `hessian_trace`.
         y: As for `hessian_trace`.
-        sigma: Float, at least 0, or a sequence of such: the strength of the noise. Defaults to
-            0.1.
+        sigma: Float, at least 0, or a sequence of such numbers: the strength of the noise.
+            Defaults to 0.1.
         num_samples: Integer, at least 1. Draws of z, each a forward pass over the data for each
             sigma. The standard error falls as its square root. Defaults to 20.
         kind: `"multiplicative"`, as above, or `"additive"`: E(w + sigma z). Defaults to
@@ -74,10 +78,11 @@ def local_energy(
         reestimate_statistics: Boolean, whether batch normalisation gets, for the disturbed weights
             and for w, the statistics that all the data together give it: another pass for each.
             Defaults to `False`.
-        num_examples: Integer, at least 1: so many examples are drawn, of data in batches the
-            first are read; or `None`: all are measured. Defaults to `None`.
-        batch_size: Integer, at least 1: examples that go through the model together. Defaults
+        num_examples: Integer, at least 1: so many examples are drawn; if the data come in
+            batches, the first are read. Or `None`: all examples are measured. Defaults to `None`.
+        chunk_size: Integer, at least 1: examples that go through the model together. Defaults
             to 128.
+        loss: As for `hessian_trace`.
         seed: Integer or `None`, of all draws. Defaults to new draws each time.
         verbose: 0 or 1. With 1, a progress bar counts the passes over the data. Defaults to 0.
 
@@ -104,26 +109,37 @@ def local_energy(
     validation.integer(minimum=1, num_samples=num_samples)
     validation.one_of("multiplicative", "additive", kind=kind)
     validation.boolean(reestimate_statistics=reestimate_statistics)
-    check_sampling(num_examples, 1, batch_size, seed, verbose)
-    energy = shared("energy", lambda: Energy(model), model)
-    (data,) = trial_batches(x, y, num_examples, 1, batch_size, seed)
+    check_sampling(num_examples, 1, chunk_size, seed, verbose)
+    function = LossAndError(model, loss)
+    (data,) = trial_batches(x, y, num_examples, 1, chunk_size, seed)
     generator = np.random.default_rng(seed)
-    weights, state = energy.weights(), energy.state()
+    weights, state = function.weights(), function.state()
     scale = weights if kind == "multiplicative" else 1
 
     def energies(at):
-        there = energy.reestimated(data, at, state) if reestimate_statistics else state
+        there = reestimated_state(function, data, at, state) if reestimate_statistics else state
         progress.add(1)
-        return energy.energies(data, at, there)
+        return function.loss_and_error(data, at, there)
 
     rises = np.zeros((num_samples, len(sigmas), 2))
     with progress_bar(num_samples * len(sigmas) + 1, verbose) as progress:
         undisturbed = np.array(energies(weights))
         for rise in rises:
-            noise = scale * generator.standard_normal(energy.size, energy.dtype)
-            rise[:] = [energies(weights + energy.dtype.type(s) * noise) for s in sigmas]
+            noise = scale * generator.standard_normal(function.size, function.dtype)
+            rise[:] = [energies(weights + function.dtype.type(s) * noise) for s in sigmas]
             rise -= undisturbed
-    means = rises.mean(axis=0)
-    stderrs = np.array([[standard_error(r) for r in rows] for rows in rises.transpose(1, 2, 0)])
-    columns = means[:, 0], stderrs[:, 0], means[:, 1], stderrs[:, 1], sigmas
-    return LocalEnergy(*(c if np.ndim(sigma) else float(c[0]) for c in columns))
+    if not np.ndim(sigma):
+        return _local_energy(rises[:, 0, 0], rises[:, 0, 1], float(sigmas[0]))
+    return _local_energy(rises[:, :, 0], rises[:, :, 1], sigmas)
+
+
+def _local_energy(losses: np.ndarray, errors: np.ndarray, sigma: float | np.ndarray) -> LocalEnergy:
+    """Return the means of rises, arrays `[num_samples]`, or `[num_samples, S]` for a grid."""
+
+    def stderr(rises):
+        return standard_error(rises) if rises.ndim == 1 else np.array([*map(stderr, rises.T)])
+
+    (value, error) = (np.mean(rises, axis=0) for rises in (losses, errors))
+    if losses.ndim == 1:
+        value, error = float(value), float(error)
+    return LocalEnergy(value, stderr(losses), losses, error, stderr(errors), sigma)

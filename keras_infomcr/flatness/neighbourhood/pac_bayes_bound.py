@@ -3,20 +3,24 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from keras_infomcr import validation
+from keras_infomcr.flatness.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
-class PacBayesBound:
+class PacBayesBound(Estimate):
     """What `pac_bayes_bound` returns.
 
     Attributes:
         value: Float, the bound on the expected loss of unseen examples; infinity where it exceeds
             the range of float64.
+        stderr: NaN: how far the numbers that the bound is made of are wrong is not known here.
+        samples: Array `[1]`, the bound.
         log_complexity: Float, ln A.
     """
 
-    value: float
     log_complexity: float
 
 
@@ -80,9 +84,10 @@ def pac_bayes_bound(
     log_height = (
         2 * (log_volume + math.lgamma(num_weights / 2 + 1)) + gamma
     ) / num_weights - math.log(2 * math.pi)
+    # `math.exp` raises an error beyond e^709.
     complexity, height = (
         math.exp(a) if a < 709 else math.inf for a in (log_complexity, log_height)
     )
     spread = 2 * train_loss + 2 * complexity + math.log(2 * num_examples / delta)
     value = train_loss + height + 2 * math.sqrt(spread / (num_examples - 1))
-    return PacBayesBound(value, log_complexity)
+    return PacBayesBound(value, math.nan, np.array([value]), log_complexity)

@@ -1,12 +1,17 @@
 """Layers whose Gram matrices of per-example gradients come from one backward pass.
 
-A tap on the outputs of a layer meets, in the backward pass of sum_i m_i, what the layer saw of all
-examples and the gradients by what it made of that. It returns their Gram matrix as the "gradient"
-of an array that it was given, so that no gradient of an example outlives its layer.
+A tap is an identity operation on the outputs of a layer. In the backward pass of sum_i m_i it meets
+the layer's inputs and the gradients by its outputs, for all examples at once. It computes from them
+the Gram matrix of the examples' gradients by the layer's weights, and returns it as the "gradient"
+of a dummy argument, the probe. No gradient of a single example is stored.
+
+Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` and `_remat_mode`.
 """
 
 import collections
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,9 +32,11 @@ class Taps:
         layers: List of the layers. Every evaluation within `noting` may shorten it.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         with backend.float64_allowed():
             double = backend.widest_float() == "float64"
+        # A subclass may do more than its base, a group of a convolution sees a part of the inputs,
+        # and float64 is needed for Gram matrices whose determinants are to be right.
         self._known = [
             layer
             for layer in model._flatten_layers()
@@ -45,13 +52,17 @@ class Taps:
         self._first_rows = collections.defaultdict(list)
         self.layers = self._known
 
+    def drop_all(self) -> None:
+        """Tap no layer, where the gradients of single examples are formed for all weights."""
+        self.layers = []
+
     @contextlib.contextmanager
-    def noting(self, scope, num_examples):
-        """Drop layers that an evaluation of so many examples calls otherwise than once for all.
+    def noting(self, scope: keras.StatelessScope, num_examples: int) -> Iterator[None]:
+        """Drop the layers that an evaluation does not call once, with all examples together.
 
         Args:
             scope: The `keras.StatelessScope` of the evaluation.
-            num_examples: Integer.
+            num_examples: Integer, the examples of the evaluation.
         """
         calls, inside = collections.Counter(), [None]
 
@@ -86,15 +97,18 @@ class Taps:
                 self._read_elsewhere.add(id(variable))
             return value_of(variable)
 
+        # A weight that something else reads too, as a tied embedding is, has gradients that do not
+        # pass through its layer's outputs: its layer is not tapped.
         scope.get_current_value = noting_value
         with _calls_replaced(self._known, noting_call):
             yield
         self.layers = [x for x in self.layers if calls[x] == 1 and self._names(x)]
 
-    def coupled(self):
+    def coupled(self) -> bool:
         """Return whether a layer saw another first example in one evaluation than in another.
 
-        Rounding is a thousand times smaller than the limit, what couples examples larger.
+        Rounding is a thousand times smaller than the limit, the effect of a layer that couples
+        examples is larger.
         """
         with np.errstate(invalid="ignore"):
             return any(
@@ -104,16 +118,20 @@ class Taps:
                 for array, other in zip(first, rows)
             )
 
-    def weights(self, layer):
+    def forget_evaluations(self) -> None:
+        """Drop the arrays that `coupled` compares: the taps live as long as the model."""
+        self._first_rows.clear()
+
+    def weights(self, layer: keras.Layer) -> list[keras.Variable]:
         """Return the trainable variables of a tapped layer that its Gram matrix takes in."""
         return [getattr(layer, name) for name in self._names(layer)]
 
-    def _names(self, layer):
+    def _names(self, layer: keras.Layer) -> list[str]:
         values = {name: getattr(layer, name, None) for name in KINDS[type(layer)].weights}
         taken = self._trainable - self._read_elsewhere
         return [k for k, v in values.items() if isinstance(v, keras.Variable) and id(v) in taken]
 
-    def open(self, probes):
+    def open(self, probes: list) -> contextlib.AbstractContextManager:
         """Return a context in which the layers are tapped.
 
         Args:
@@ -124,6 +142,7 @@ class Taps:
 
         def tapped_call(layer, call):
             def tapped(inputs, *args, **kwargs):
+                # The activation comes after the tap, which needs the gradients before it.
                 activation = getattr(layer, "activation", None)
                 with replaced(layer, "activation", None):
                     outputs = call(inputs, *args, **kwargs)
@@ -136,14 +155,14 @@ class Taps:
 
 
 @contextlib.contextmanager
-def _calls_replaced(layers, replacement):
+def _calls_replaced(layers: list[keras.Layer], replacement: Callable) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced(layer, "call", replacement(layer, layer.call)))
         yield
 
 
-def _tap(layer, names, inputs, outputs, probe):
+def _tap(layer: keras.Layer, names: list[str], inputs: Any, outputs: Any, probe: Any) -> Any:
     grams_of = KINDS[type(layer)].grams_of(layer)
 
     @ops.custom_gradient
@@ -154,7 +173,8 @@ def _tap(layer, names, inputs, outputs, probe):
                 grams = grams_of(backend.after(inputs, upstream), upstream)
                 total = sum(grams[name]() for name in names)
             none = ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)
-            # One layer at a time: the next one's gradients wait.
+            # One layer at a time, which saves memory: the gradients of the next layer wait until
+            # this Gram matrix is computed.
             return backend.after(upstream, total), none, total
 
         return ops.copy(outputs), gradient  # torch lets nobody change an input in place

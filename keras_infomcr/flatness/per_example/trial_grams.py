@@ -2,16 +2,20 @@
 
 import math
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.loss.logits import predict_with_logits
+from keras_infomcr.flatness.per_example.taps import Taps
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.objective import Objective
 
-# Weights without a tap are taken in groups whose rows, of all examples, take so many bytes at
-# most; or one weight at a time.
+# Weights without a tap are taken in groups, so that the rows of all examples take at most so many
+# bytes; a weight whose rows take more is a group of its own.
 _ROW_BYTES = 2**28
 
 
@@ -20,26 +24,32 @@ class TrialGrams:
 
     Tapped layers need one backward pass together; the rows of all other weights are formed.
 
+    It holds nothing of the data, so that it serves all data of one form.
+
     Args:
         model: A `keras.Model`.
-        values: An object of `flatness.example_values`.
-        taps: `Taps` of the model.
-        num_examples: Integer, at least 1, N.
-        training: Boolean, as for the model's `call`.
-        chunk_size: Integer, at least 1: examples that go through the model together.
+        values: An object of `flatness.loss.example_values`.
+        outputs: What the model returns for one example.
+        taps: `Taps` of the model, which say what layers are tapped.
+        settings: `TrialSettings`.
 
     Attributes:
+        values: The argument.
+        outputs: The argument. Its shapes and masks say which labels fit.
         layers: Tuple of the paths of the layers that have trainable weights.
         num_weights: Tuple of the numbers of their trainable weights.
         epsilon: Float, the rounding unit of the gradients.
     """
 
-    def __init__(self, model, values, taps, num_examples, training, chunk_size):
-        self.model = model
+    def __init__(
+        self, model: keras.Model, values: Any, outputs: Any, taps: Taps, settings: TrialSettings
+    ):
         self.values = values
-        self.taps = taps
-        self.training = training
-        self.chunk_size = chunk_size
+        self.outputs = outputs
+        self._model = model
+        self._taps = taps
+        self._training = settings.training
+        self._chunk_size = settings.examples_together
         self._objective = Objective(model)
         self._weights = model.trainable_variables
         self._owners = [_owner(v) for v in self._weights]
@@ -52,14 +62,19 @@ class TrialGrams:
         tapped = [id(v) for layer in taps.layers for v in taps.weights(layer)]
         self._tapped_owners = [_owner(taps.weights(layer)[0]) for layer in taps.layers]
         self.epsilon = max((float(np.finfo(x.variable_dtype).eps) for x in taps.layers), default=0)
+        # Replicas trace in threads, and while one does a layer's `call` is not the layer's own.
         self._lock = threading.Lock()
         self._tapped = backend.compiled(self._tapped_pass)
+        raw = self._values_as_they_are
+        self._raw_values = raw if model.run_eagerly else backend.compiled(raw)
         rest = [k for k, v in enumerate(self._weights) if id(v) not in tapped]
-        groups = _grouped([sizes[k] for k in rest], _ROW_BYTES // (4 * num_examples))
+        groups = _grouped([sizes[k] for k in rest], _ROW_BYTES // (4 * settings.num_examples))
         groups = [[rest[i] for i in group] for group in groups]
         self._jacobians = [(group, self._jacobian(group)) for group in groups]
 
-    def __call__(self, context, data, device):
+    def __call__(
+        self, context: tuple[list, list], data: tuple[Any, Any], device: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the values and the Gram matrices.
 
         Args:
@@ -81,25 +96,49 @@ class TrialGrams:
             values = self._add_rest(grams, context, data, device)
         return keras.ops.convert_to_numpy(values).astype("float64"), grams
 
-    def _tapped_pass(self, weights, state, x, y):
+    def values_without_normalization(
+        self, context: tuple[list, list], data: tuple[Any, Any], device: Any
+    ) -> np.ndarray:
+        """Return the values by the logits as they are, a float64 array `[N]`.
+
+        Args:
+            context: As for a call.
+            data: As for a call.
+            device: As for a call.
+        """
+        values = backend.on_device(device, self._raw_values, *context, *data)
+        return keras.ops.convert_to_numpy(values).astype("float64")
+
+    def _values_as_they_are(self, weights: list, state: list, x: Any, y: Any) -> Any:
+        return self._values_at((weights, state), False, x, y, self.values.without_normalization())
+
+    def _values_at(
+        self, context: tuple[list, list], training: bool, x: Any, y: Any, values: Callable
+    ) -> Any:
+        with self._lock, self._objective.at(*context, training) as (predict, _):
+            return values(x, y, *predict_with_logits(self._model, predict, x))
+
+    def _tapped_pass(self, weights: list, state: list, x: Any, y: Any) -> tuple[Any, list]:
         size = keras.tree.flatten(x)[0].shape[0]
 
         def total(probes):
             with self._lock, self._objective.at(weights, state, False) as (predict, _):
-                with self.taps.open(probes):
-                    values = self.values(x, y, *predict_with_logits(self.model, predict, x))
+                with self._taps.open(probes):
+                    values = self.values(x, y, *predict_with_logits(self._model, predict, x))
             return keras.ops.sum(values), values
 
         with backend.float64_allowed():
-            probes = [keras.ops.zeros((size, size), "float64") for _ in self.taps.layers]
+            probes = [keras.ops.zeros((size, size), "float64") for _ in self._taps.layers]
         (_, values), grams = backend.value_and_grad(total)(probes)
         return values, grams
 
-    def _add_rest(self, grams, context, data, device):
+    def _add_rest(
+        self, grams: np.ndarray, context: tuple[list, list], data: tuple[Any, Any], device: Any
+    ) -> np.ndarray:
         """Add the Gram matrices of the weights without a tap, and return the values."""
         chunks = [
-            keras.tree.map_structure(lambda a, i=i: a[i : i + self.chunk_size], data)
-            for i in range(0, grams.shape[-1], self.chunk_size)
+            keras.tree.map_structure(lambda a, i=i: a[i : i + self._chunk_size], data)
+            for i in range(0, grams.shape[-1], self._chunk_size)
         ]
         for group, jacobian in self._jacobians:
             part = [context[0][k] for k in group]
@@ -112,23 +151,24 @@ class TrialGrams:
                 self.epsilon = max(self.epsilon, float(np.spacing(matrix.dtype.type(1))))
         return np.concatenate([keras.ops.convert_to_numpy(v) for v in values])
 
-    def _jacobian(self, group):
+    def _jacobian(self, group: list[int]) -> Callable:
+        """Return what gives the values and their rows by the weights of some numbers."""
+
         def values(part, context, x, y):
             weights, state = list(context[0]), context[1]
             for k, weight in zip(group, part):
                 weights[k] = weight
-            with self._lock, self._objective.at(weights, state, self.training) as (predict, _):
-                return self.values(x, y, *predict_with_logits(self.model, predict, x))
+            return self._values_at((weights, state), self._training, x, y, self.values)
 
-        return backend.jacobian(values, self.training, compiled=not self.model.run_eagerly)
+        return backend.jacobian(values, self._training, compiled=not self._model.run_eagerly)
 
 
-def _owner(variable):
+def _owner(variable: keras.Variable) -> str:
     """Return the path of the layer of a variable."""
     return variable.path.rpartition("/")[0]
 
 
-def _grouped(sizes, limit):
+def _grouped(sizes: list[int], limit: int) -> list[range]:
     """Cut a list of sizes into ranges of at most `limit` together, at least one size each."""
     groups, start, total = [], 0, 0
     for i, size in enumerate(sizes):
@@ -139,7 +179,7 @@ def _grouped(sizes, limit):
     return [*groups, range(start, len(sizes))] if sizes else []
 
 
-def _gram(matrix, width=2**16):
+def _gram(matrix: np.ndarray, width: int = 2**16) -> np.ndarray:
     """Return matrix @ matrix.T in float64, a few columns at a time."""
     gram = np.zeros((len(matrix), len(matrix)))
     for start in range(0, matrix.shape[1], width):

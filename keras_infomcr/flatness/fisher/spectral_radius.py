@@ -1,0 +1,75 @@
+"""The spectral radius of the Fisher information of a few examples."""
+
+from typing import Any
+
+import keras
+
+from keras_infomcr.core.spectral_norms import spectral_norms
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.fisher.trial_mean import trial_mean
+from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
+
+
+def fisher_spectral_radius(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    num_examples: int = 100,
+    num_trials: int = 10,
+    normalize_softmax: bool = False,
+    softmax_scale: float = 0.04,
+    training: bool = False,
+    chunk_size: int | None = None,
+    seed: int | None = None,
+    loss: Any = None,
+    verbose: int = 0,
+) -> Estimate:
+    """Compute the spectral radius of the Fisher information I of the examples of a trial.
+
+        I = (1 / N') J^T J,    rho(I) = lambda_max(J J^T) / N',    J_i = grad l_i
+
+    with l_i the loss of the example alone, as for `gamma_hat`: label smoothing, `add_loss` and
+    penalties have no part in it, nor, if the model has one output, have `loss_weights`.
+
+    Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
+    Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
+
+    Args:
+        model: A compiled and built `keras.Model`.
+        x: As for `gamma_hat`.
+        y: As for `gamma_hat`. Labels count by their largest entry.
+        num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
+        num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
+        normalize_softmax: As for `gamma_hat`. Defaults to `False`.
+        softmax_scale: As for `gamma_hat`. Defaults to 0.04.
+        training: As for `gamma_hat`. Defaults to `False`.
+        chunk_size: As for `gamma_hat`. Defaults to `num_examples`.
+        seed: As for `gamma_hat`. Defaults to a new draw each time.
+        loss: As for `gamma_hat`. Defaults to the compiled loss.
+        verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
+
+    Returns:
+        An `Estimate`, exact for the examples of each trial.
+
+    Raises:
+        TypeError: As `gamma_hat`.
+        ValueError: As `gamma_hat`.
+
+    Example:
+
+    ```python
+    result = fisher_spectral_radius(model, x_train, y_train, seed=0)
+    ```
+    """
+    settings = TrialSettings(
+        num_examples=num_examples,
+        num_trials=num_trials,
+        normalize_softmax=normalize_softmax,
+        softmax_scale=softmax_scale,
+        training=training,
+        chunk_size=chunk_size,
+        seed=seed,
+        loss=loss,
+    )
+    return trial_mean(lambda gram: spectral_norms(gram[None])[0], model, x, y, settings, verbose)
