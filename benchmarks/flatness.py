@@ -63,7 +63,7 @@ def epoch(model, x, y):
     loss = LossFunction(model)
     starts = range(0, len(x), BATCH_SIZE)
     data = [(x[i : i + BATCH_SIZE], y[i : i + BATCH_SIZE]) for i in starts]
-    return lambda: loss.gradient(data, loss.at())
+    return lambda: loss.gradient(data, loss.point())
 
 
 def costs(network, rounds):

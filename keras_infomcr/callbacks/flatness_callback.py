@@ -21,20 +21,22 @@ class FlatnessCallback(MeasuringCallback):
     """Log measures of flatness at the end of epochs.
 
     For each measure, its name and the name with `_stderr` are added to the logs of each epoch,
-    NaN for an epoch without a measurement. Put the callback before those that read them
-    (`CSVLogger`, `TensorBoard`): a warning names those that stand before it. It works with any
-    `keras.Model`, and leaves the model, its optimizer and all seeds as they are. What a measure
-    compiles is kept as long as the model lives.
+    NaN for an epoch without a measurement. Put the callback before the callbacks that read the
+    logs (`CSVLogger`, `TensorBoard`): a warning names readers that stand before it. It works with
+    any `keras.Model`, and leaves the model, its optimizer and all seeds as they are. What a
+    measure compiles is kept as long as the model lives.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
             `DataLoader` or another iterable of batches `(x, y)`: training data without
-            augmentation. Models of KerasHub preprocess them, as they do what `fit` is given.
+            augmentation. Models of KerasHub preprocess them as they preprocess the data of `fit`.
         measures: List of names of functions of `keras_infomcr.flatness`, such as
             `"hessian_trace"`, called at their defaults with `seed=0`, so that epochs, runs and
             processes compare; or functions `f(model, x, y)` that return a result with `value`
             and `stderr`: `functools.partial(hessian_trace, num_examples=100, seed=0)`. A function
-            is logged by its `__name__`.
+            is logged by its `__name__`. Measures without a seed draw anew in each epoch. A model
+            whose `train_step` or `compute_loss` is its own is measured by
+            `functools.partial(hessian_trace, loss=..., seed=0)`.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1.
         verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
@@ -106,7 +108,7 @@ class FlatnessCallback(MeasuringCallback):
             if str(_underlying(function).__module__).startswith("keras_infomcr."):
                 self._check_measure(name, function)
 
-    def _check_measure(self, name, function):
+    def _check_measure(self, name: str, function: Callable):
         try:
             with only_checking():
                 function(self.model, *self.examples())
@@ -117,7 +119,7 @@ class FlatnessCallback(MeasuringCallback):
                 f"{error} Its arguments are set by `functools.partial({name}, ...)`."
             ) from error
 
-    def measure(self):
+    def measure(self) -> dict[str, float]:
         """Return the measures with their standard errors, as logs."""
         logs = {}
         x, y = self.examples()

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
@@ -21,7 +23,8 @@ _READERS = (
 class MeasuringCallback(keras.callbacks.Callback):
     """Measures the model at the end of epochs, and after the last.
 
-    Subclasses give `names` of the logs, NaN in an epoch without a measurement, and `measure`.
+    Subclasses define `measure`, and `names`, the keys that it logs; in an epoch without a
+    measurement they are NaN.
 
     Args:
         data: Tuple `(x, y)`, or what gives batches `(x, y)`.
@@ -32,7 +35,7 @@ class MeasuringCallback(keras.callbacks.Callback):
     names = ()
     _examples = None
 
-    def __init__(self, data, frequency, verbose):
+    def __init__(self, data: Any, frequency: int, verbose: int):
         super().__init__()
         validation.integer(minimum=1, frequency=frequency)
         validation.one_of(0, 1, verbose=verbose)
@@ -40,11 +43,11 @@ class MeasuringCallback(keras.callbacks.Callback):
         self.frequency = frequency
         self.verbose = verbose
 
-    def measure(self):
+    def measure(self) -> dict[str, float]:
         """Return the logs, a dictionary with the keys `names`."""
         raise NotImplementedError
 
-    def examples(self):
+    def examples(self) -> tuple:
         """Return the data, as the model sees them: `x` and `y`, `None` if `x` gives batches."""
         if self._examples is None:
             # KerasHub's models preprocess what `fit` is given by a method of this name.
@@ -98,7 +101,7 @@ class MeasuringCallback(keras.callbacks.Callback):
                 f"see {list(self.names)}. Put `{ours}` first."
             )
 
-    def _measure(self, logs, when):
+    def _measure(self, logs: dict, when: str):
         start = time.perf_counter()
         epoch_seconds = start - self._epoch_start
         found = self.measure()
@@ -112,12 +115,13 @@ class MeasuringCallback(keras.callbacks.Callback):
             f"{name} {found[name]:#.5g} +- {found[f'{name}_stderr']:#.3g}" for name in named
         ]
         print(f"{when}: {', '.join(estimates)} ({seconds:.1f} s)")
+        # The first measurement compiles; its time would say nothing of the others.
         if self._num_measured == 2:
             share = 100 * seconds / epoch_seconds
             print(f"{', '.join(named)} takes {share:.1f} % of an epoch's time")
 
 
-def check_one_tuple(data, second):
+def check_one_tuple(data: Any, second: Any):
     """Refuse labels that were given as an argument of their own."""
     if len(getattr(second, "shape", ())):
         raise ValueError(
@@ -130,11 +134,11 @@ def check_one_tuple(data, second):
 class _PreprocessedBatches:
     """Batches as the model sees them, preprocessed anew by each iteration."""
 
-    def __init__(self, batches, preprocess):
+    def __init__(self, batches: Any, preprocess: Callable):
         self._batches = batches
         self._preprocess = preprocess
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple]:
         batches = self._batches
         if isinstance(batches, keras.utils.PyDataset):
             batches = (batches[i] for i in range(batches.num_batches))
@@ -142,7 +146,7 @@ class _PreprocessedBatches:
             yield _preprocessed(batch, self._preprocess)
 
 
-def _preprocessed(data, preprocess):
+def _preprocessed(data: Any, preprocess: Callable) -> tuple:
     return keras.utils.unpack_x_y_sample_weight(
         preprocess(*keras.utils.unpack_x_y_sample_weight(data))
     )

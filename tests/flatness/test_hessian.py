@@ -52,7 +52,7 @@ def test_products_with_vectors(name, training, rng):
     net = Net(name, rng)
     loss = LossFunction(net.model, training)
     vectors = rng.normal(size=(2, loss.size))
-    products = loss.hessian_vector_products([(net.x, net.y)], loss.at(), vectors)
+    products = loss.hessian_vector_products([(net.x, net.y)], loss.point(), vectors)
     for vector, found in zip(vectors, products):
         expected = net.product(vector, training)
         assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)

@@ -107,7 +107,7 @@ def test_losses_of_all_kinds_that_compile_takes(data, loss, has_been_compiled):
         model.compile("sgd", "mae", loss_weights=[7.0])  # which `loss` replaces
     expected.compile("sgd", loss)
     function = LossFunction(model, loss=loss)
-    found = function.loss([(x, y)], function.at())
+    found = function.loss([(x, y)], function.point())
     # Activity penalties are part of both.
     assert found == pytest.approx(expected.evaluate(x, y, verbose=0), rel=1e-5)
 
@@ -165,7 +165,7 @@ def test_what_layers_add_to_the_loss_is_part_of_it(data):
     assert found == pytest.approx(hessian_trace(plain, x, x, seed=0).value, rel=1e-5)
     without = LossFunction(own, loss="mse")
     reconstruction = np.mean((numpy(own(x)) - x) ** 2)
-    assert without.loss([(x, x)], without.at()) > 1.01 * reconstruction
+    assert without.loss([(x, x)], without.point()) > 1.01 * reconstruction
 
 
 def test_labels_and_guesses_are_those_of_the_given_loss(data):

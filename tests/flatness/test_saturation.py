@@ -122,7 +122,7 @@ def test_hessian_of_saturated_softmax_regression(name, right):
 def test_gradient_of_saturated_softmax_regression(name, right):
     saturated = Saturated(*CASES[name], right)
     loss = LossFunction(saturated.model)
-    _, gradient = loss.gradient([(saturated.x, saturated.y)], loss.at())
+    _, gradient = loss.gradient([(saturated.x, saturated.y)], loss.point())
     scale = np.abs(saturated.gradient).max()
     np.testing.assert_allclose(gradient, saturated.gradient, rtol=ROUNDING, atol=1e-6 * scale)
 
@@ -138,7 +138,7 @@ def test_saturated_logistic_regression(activation, labels):
     found = hessian_spectral_radius(model, *data, seed=0)
     assert found.value == pytest.approx(np.exp(-40.0), rel=ROUNDING, abs=0)
     function = LossFunction(model)
-    _, (slope,) = function.gradient([data], function.at())
+    _, (slope,) = function.gradient([data], function.point())
     # Each example that is wrong has a slope of 1, away from 0; the right ones next to none.
     wrong = (labels[0] == 0) + (labels[1] == 1)
     expected = (wrong - (2 - wrong) * np.exp(-40.0)) / 2
@@ -213,7 +213,7 @@ def assert_compiled_loss(model, x, y):
     expected = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
     loss = LossFunction(model)
     # A sum of a few terms of the order of one, in another order.
-    assert loss.loss([(x, y)], loss.at()) == pytest.approx(expected, rel=1e-5)
+    assert loss.loss([(x, y)], loss.point()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", USUAL)

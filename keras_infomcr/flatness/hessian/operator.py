@@ -215,11 +215,9 @@ class Hessian:
         return np.array([values for values, _ in trials])
 
     def _measured(self, measure: Callable[[HessianProducts], Any], num_products: int) -> list:
-        """Return what a measure of the Hessian gives for each trial, or for all of the data.
+        """Return what a measure gives for each trial, or for all of the data, with warnings.
 
-        Args:
-            measure: Function `HessianProducts -> result`.
-            num_products: Integer, how many products it takes at most, for the progress bar.
+        It takes `num_products` at most, which the progress bar shows.
         """
         loss = self._loss()
         loss.warn_of_misfit(self._trials[0])
@@ -228,10 +226,7 @@ class Hessian:
         return results
 
     def _over_trials(self, loss: LossFunction, measure: Callable, num_products: int) -> tuple:
-        """Return the results for the trials, and the largest size of an entry of a product.
-
-        It is the largest size in the trial in which that is smallest.
-        """
+        """Return the results for the trials, and the least of the trials' largest entries."""
         # Anew for each measure: its result does not depend on those that were called before.
         generator = np.random.default_rng(self._seed)
         with progress_bar(num_products * len(self._trials), self._verbose) as progress:

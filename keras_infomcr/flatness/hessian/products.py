@@ -37,7 +37,7 @@ class HessianProducts:
         self.size = loss.size
         self.largest = 0.0
         self._loss = loss
-        self._at = loss.at()
+        self._at = loss.point()
         self._data = data
         self._generator = generator
         self._progress = progress

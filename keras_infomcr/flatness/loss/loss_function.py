@@ -90,8 +90,8 @@ class LossFunction:
         ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
         return [p.reshape(s) for p, s in zip(np.split(vector, ends), self._shapes)]
 
-    def at(self, weights: np.ndarray | None = None) -> tuple[list, list]:
-        """Return what the derivatives are taken at: a vector, or the model's weights as they are.
+    def point(self, weights: np.ndarray | None = None) -> tuple[list, list]:
+        """Return where to evaluate: at a vector, or at the model's weights as they are.
 
         Returns:
             Tuple of the lists of arrays of the weights and of the model's other variables.
@@ -104,7 +104,7 @@ class LossFunction:
 
     def warn_of_misfit(self, data: Iterable):
         """Warn, once until it fits, if the model as it is does not fit the first of the data."""
-        means = self.mean(self.batch.loss_and_guess, _first_batches(data), self.at())
+        means = self.mean(self.batch.loss_and_guess, _first_batches(data), self.point())
         loss, guess = (None if mean is None else float(mean) for mean in means)
         # No guess is known to compare other losses than cross-entropies with.
         self._misfit_warning(loss, math.inf if guess is None else guess)
@@ -138,7 +138,7 @@ class LossFunction:
         Args:
             function: Function `(*args, x, y)` of a batch, which means over its examples.
             data: Iterable of batches `(x, y)` of NumPy arrays, read once.
-            args: Tuple of structures of arrays, the first two those that `at` returns.
+            args: Tuple of structures of arrays, the first two what `point` returns.
 
         Raises:
             ValueError: If a label stands for no class.

@@ -85,7 +85,7 @@ def adaptive_sharpness(
     scale = np.abs(weights)
 
     def loss_and_slope(batch, v):
-        value, gradient = function.gradient([batch], function.at(weights + scale * v))
+        value, gradient = function.gradient([batch], function.point(weights + scale * v))
         return value, scale * gradient
 
     rises, sizes = [], []

@@ -78,9 +78,9 @@ def average_adaptive_sharpness(
 
     rises = []
     with progress_bar(num_samples, verbose) as progress:
-        undisturbed = function.loss(data, function.at())
+        undisturbed = function.loss(data, function.point())
         for _ in range(num_samples):
             disturbed = weights + rho * np.abs(weights) * noise()
-            rises.append(function.loss(data, function.at(disturbed)) - undisturbed)
+            rises.append(function.loss(data, function.point(disturbed)) - undisturbed)
             progress.add(1)
     return Estimate.of(rises)

@@ -75,7 +75,7 @@ def local_entropy(
     with progress_bar(num_samples, verbose) as progress:
         for _ in range(num_samples):
             noise = generator.standard_normal(function.size, function.dtype) / math.sqrt(gamma)
-            losses.append(function.loss(data, function.at(weights + noise)))
+            losses.append(function.loss(data, function.point(weights + noise)))
             progress.add(1)
     least = min(losses)
     terms = np.exp(least - np.array(losses))

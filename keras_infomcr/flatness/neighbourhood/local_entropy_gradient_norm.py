@@ -95,7 +95,9 @@ def local_entropy_gradient_norm(
         # `difference` is gamma times the difference of the two chains of weights.
         gaussian, difference, total = noise(1), 0.0, 0.0
         for step in range(num_steps):
-            _, slope = function.gradient(data, function.at(weights + gaussian + difference / gamma))
+            _, slope = function.gradient(
+                data, function.point(weights + gaussian + difference / gamma)
+            )
             progress.add(1)
             difference = (1 - step_size) * difference - step_size * slope
             gaussian = (1 - step_size) * gaussian + noise(1 - (1 - step_size) ** 2)
