@@ -96,7 +96,7 @@ class Algorithm1:
 
 
 def make(net, penalty=0.0, **kwargs):
-    """Return a compiled `RegularizedModel` that computes what `net` does; `kwargs` are the rule's."""
+    """Return a compiled model that computes what `net` does; `kwargs` are the rule's."""
     kwargs = {"alpha": ALPHA, "beta": BETA, **kwargs}
     x = inputs = keras.Input((5,))
     for layer in net.layers(keras.regularizers.L2(penalty) if penalty else None):
