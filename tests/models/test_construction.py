@@ -60,7 +60,6 @@ def test_an_unbuilt_model_is_built_by_fit(way, eager):
 
 # Several inputs and outputs
 
-
 SEVERAL = {
     "functional": lambda s: RegularizedModel(*graph_of_several(s)),
     "subclass": lambda s: make_subclass_of_several(RegularizedModel, s)(),
@@ -101,7 +100,6 @@ def test_calls_take_positional_and_keyword_arguments(way):
 
 
 # Several models in one process
-
 
 STYLES = {
     "functional": lambda: RegularizedModel(*graph()),

@@ -12,7 +12,7 @@ Y = np.random.default_rng(2).normal(size=(8, 2)).astype("float32")
 
 
 def graph(name=None):
-    """Return inputs and outputs of a net of five layers."""
+    """Return inputs and outputs of a net of two dense layers."""
     inputs = keras.Input((4,), name=name)
     outputs = layers.Dense(2)(layers.Dense(3, activation="tanh")(inputs))
     return inputs, outputs
@@ -158,6 +158,7 @@ SINGLE = {
 
 
 def weights_like(model):
+    """Return weights of the model's shapes, the same at each call."""
     rng = np.random.default_rng(3)
     return [0.5 * rng.normal(size=w.shape) for w in model.get_weights()]
 
@@ -183,7 +184,6 @@ def trained_weights(model, x=X, y=Y, loss="mse", **kwargs):
 
 
 # Several inputs and outputs: the same net, its input cut in two, its output sent out twice.
-
 
 X2 = {"left": X[:, :2], "right": X[:, 2:]}
 Y2 = {"once": Y, "twice": 2 * Y}
@@ -220,7 +220,6 @@ def as_list(x):
 
 
 # Models of plain Keras, from which `from_model` makes regularised ones.
-
 
 ORIGINALS = {
     "Functional": lambda: keras.Model(*graph(), name="original"),

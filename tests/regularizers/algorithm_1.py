@@ -8,7 +8,7 @@ from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 ALPHA, BETA = 0.01, 10.1
-RATE, MOMENTUM, PENALTY = 1 / 8, 7 / 8, 1 / 64  # exact in float32, through which Keras takes them
+RATE, MOMENTUM, PENALTY = 1 / 8, 7 / 8, 1 / 64  # Keras rounds them to float32: exact
 
 
 class SoftmaxRegression:
@@ -96,6 +96,7 @@ class Algorithm1:
 
 
 def make(net, penalty=0.0, **kwargs):
+    """Return a compiled model that computes what `net` does; `kwargs` are the rule's."""
     kwargs = {"alpha": ALPHA, "beta": BETA, **kwargs}
     x = inputs = keras.Input((5,))
     for layer in net.layers(keras.regularizers.L2(penalty) if penalty else None):
@@ -116,5 +117,6 @@ def flat(arrays):
 
 
 def assert_same_direction(got, expected, tolerance=1e-10):
+    """Compare lists of arrays, with a tolerance relative to the norm of all."""
     got, expected = flat(got), flat(expected)
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)

@@ -60,7 +60,6 @@ def test_compile_refuses_what_is_no_regularizer(value):
 
 # Serialisation
 
-
 CONFIG = {
     "alpha": 0.3,
     "beta": 0.1,
