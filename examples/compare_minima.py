@@ -44,7 +44,7 @@ SETTINGS = {
 }
 
 FEW = {"num_trials": 6, "seed": 0}  # Six trials of 100 examples see each training image once.
-ALL = {"batch_size": NUM_TRAIN, "seed": 0}
+ALL = {"chunk_size": NUM_TRAIN, "seed": 0}
 MEASURES = {
     "gamma_hat": lambda *a: flatness.gamma_hat(*a, **FEW).value,
     "gamma_hat (normalised)": lambda *a: (
@@ -59,7 +59,7 @@ MEASURES = {
     "input_jacobian_norm": lambda *a: flatness.input_jacobian_norm(*a, **ALL).value,
     "adaptive_sharpness (worst)": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
     "adaptive_sharpness (average)": lambda *a: (
-        flatness.adaptive_sharpness(*a, kind="average", rho=0.1, **ALL).value
+        flatness.average_adaptive_sharpness(*a, rho=0.1, **ALL).value
     ),
     # The weaker noise of the default leaves most of these networks without an error.
     "local_energy": lambda *a: flatness.local_energy(*a, sigma=0.5, **ALL).error,

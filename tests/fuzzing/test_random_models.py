@@ -338,7 +338,7 @@ def check_hessian(case):
     assert_finite(expected)
     keras.utils.set_random_seed(0)
     loss = LossFunction(model, training)
-    found = loss.hessian_vector_products([(x, y)], loss.at(), vector[None])[0]
+    found = loss.hessian_vector_products([(x, y)], loss.point(), vector[None])[0]
     assert np.linalg.norm(found - expected) <= 10 * error + 1e-8 * np.linalg.norm(expected)
 
 
