@@ -18,7 +18,6 @@ from keras_infomcr.keras_internals import (
     set_call_has_training_arg,
 )
 from keras_infomcr.models.file_of_chief import file_of_chief
-from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.overrides import check_overrides
 from keras_infomcr.models.regularized_training import RegularizedTraining
 
@@ -27,11 +26,12 @@ from keras_infomcr.models.regularized_training import RegularizedTraining
 class RegularizedModel(RegularizedTraining, keras.Model):
     """A `keras.Model` that trains towards flat minima.
 
-    Made in every way a `keras.Model` is made: `RegularizedModel(inputs, outputs)`, a subclass
-    with `call()`, a subclass that calls `super().__init__(inputs=..., outputs=...)`; or
-    `RegularizedModel.from_model(model)`. It differs in its training step alone, and in one
-    argument of `compile`. In the logs of `fit`, `infomcr_reg` is the value of the regulariser, the
-    mean over the epoch, NaN while the gate was closed (the progress bar leaves it out then).
+    It is made in every way in which a `keras.Model` is made: `RegularizedModel(inputs, outputs)`,
+    as a subclass with `call()`, or as a subclass that calls `super().__init__(inputs=...,
+    outputs=...)`; also by `RegularizedModel.from_model(model)`. It differs in its training step
+    alone, and in one argument of `compile`. In the logs of `fit`, `infomcr_reg` is the mean of the
+    regulariser's value over the epoch. It is NaN for an epoch in which the gate was closed, and
+    the progress bar then leaves it out.
 
     Attributes:
         regularizer: The `keras_infomcr.regularizers.Regularizer` given to `compile`, or `None`.
@@ -57,10 +57,7 @@ class RegularizedModel(RegularizedTraining, keras.Model):
     def __new__(cls, *args, **kwargs):
         if cls is RegularizedModel and _is_functional(args, kwargs):
             cls = RegularizedFunctional
-        model = super().__new__(cls, *args, **kwargs)
-        # Past Keras's tracking: saved with the weights, yet no weight and no metric.
-        object.__setattr__(model, "learning_rate_peak", LearningRatePeak(model))
-        return model
+        return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args, **kwargs):  # Keras looks for just these two names
         if _is_functional(args, kwargs):
@@ -80,13 +77,13 @@ class RegularizedModel(RegularizedTraining, keras.Model):
         """Make a regularised model that shares the layers, hence the weights, of another.
 
         Args:
-            model: A `keras.Model`: Functional, Sequential or subclassed. It is not changed. Of
-                a model made in the scope of a `tf.distribute.Strategy`, call this in it too.
+            model: A `keras.Model`: Functional, Sequential or subclassed. It is not changed. If
+                it was made in the scope of a `tf.distribute.Strategy`, call this in that scope too.
 
         Returns:
-            A `RegularizedModel`, not compiled. Of a Functional or built Sequential model it has
-            the same layers; any other is wrapped, and its weight files are those of the model
-            that it wraps.
+            A `RegularizedModel`, not compiled. It has the layers of a Functional or built
+            Sequential model. Any other model is wrapped, and then the weight files are the same as
+            the wrapped model's.
 
         Raises:
             TypeError: If `model` is not a `keras.Model`.

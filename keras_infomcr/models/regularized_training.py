@@ -1,8 +1,11 @@
 """How a `RegularizedModel` is compiled and trained."""
 
+from typing import Any
+
 import keras
 
 from keras_infomcr import backend, labels, objective, regularizers, validation
+from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
 from keras_infomcr.models.progress_bar import ProgressBar
 from keras_infomcr.models.train_step import train_step
@@ -12,6 +15,11 @@ class RegularizedTraining(backend.Trainer):
     """The trainer of a `RegularizedModel`, which derives from it ahead of `keras.Model`.
 
     It differs from Keras's in one argument of `compile`, in the training step and in its logs.
+
+    Attributes:
+        regularizer: The `Regularizer` given to `compile`, or `None`.
+        regularizer_active: Boolean, the gate.
+        learning_rate_peak: The `LearningRatePeak` of the run.
     """
 
     _regularizer = None
@@ -19,6 +27,12 @@ class RegularizedTraining(backend.Trainer):
     _monitor = None
     # The compiled step of the other position of the gate, so that flipping back costs nothing.
     _other_train_function = None
+
+    def __new__(cls, *args, **kwargs):
+        model = super().__new__(cls, *args, **kwargs)
+        # Past Keras's tracking: saved with the weights, yet no weight and no metric.
+        object.__setattr__(model, "learning_rate_peak", LearningRatePeak(model))
+        return model
 
     def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
         """Configure the model for training.
@@ -32,7 +46,7 @@ class RegularizedTraining(backend.Trainer):
         Raises:
             ValueError: If `regularizer` is none of these, or the model has no layers.
         """
-        if type(self).call is keras.Model.call:  # which fails
+        if type(self).call is keras.Model.call:  # Keras's own raises an error when it is called
             raise ValueError(
                 "The model must have layers. Received: a `RegularizedModel` without inputs and "
                 "outputs. Make it by `RegularizedModel(inputs, outputs)`, by "
@@ -79,7 +93,7 @@ class RegularizedTraining(backend.Trainer):
             self.make_train_function()
 
     def make_train_function(self, force=False):
-        if force:
+        if force:  # as Keras is asked to do when what was compiled is out of date
             self._other_train_function = None
         before = self.train_function
         super().make_train_function(force)
@@ -106,11 +120,13 @@ class RegularizedTraining(backend.Trainer):
 
         return self._call_step(step, *args)
 
-    def _acts_on(self, data):
+    def _acts_on(self, data) -> bool:
+        """Return whether the step on a batch is regularised; else it is Keras's own to the bit."""
         if self._regularizer is None or not self.regularizer_active:
             return False
         if self.built and not self.trainable_variables:
             return False
+        # Keras's own step knows what to do with an empty batch, as a replica may get one.
         size = backend.batch_size(data)
         return not isinstance(size, int) or size > 0
 
@@ -141,6 +157,7 @@ class RegularizedTraining(backend.Trainer):
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     def _variables_in_step(self) -> list[keras.Variable]:
+        # In the order in which a compiled step gets them: it must not change while `fit` runs.
         if self._regularizer is None:
             return []
         return [*self._monitor.variables, self._regularizer.strength]
@@ -157,6 +174,7 @@ class RegularizedTraining(backend.Trainer):
         return config
 
     def compile_from_config(self, config):
+        # Overridden since Keras does not compile a loaded model whose `compile` is not its own.
         if type(self).compile is not RegularizedTraining.compile:
             return super().compile_from_config(config)  # Keras's warning: compile is custom
         config = dict(config)
@@ -169,13 +187,16 @@ class RegularizedTraining(backend.Trainer):
         regularizer = {"regularizer": ours["regularizer"]} if ours else {}
         self.compile(**config, **regularizer)
         self.regularizer_active = ours.get("regularizer_active", True)
+        # So that its state can be loaded next.
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
 
-def _with_log(callbacks, log, verbose):
+def _with_log(callbacks: Any, log: LogRegularizer, verbose: Any) -> Any:
     """Put a callback before the user's, which see what it writes, and a progress bar after them."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
+        # A list that a user has made is used as it is, again and again: it may have our callback
+        # from a `fit` before.
         log.set_params(callbacks.params)
         log.set_model(callbacks.model)
         callbacks.callbacks[:] = [

@@ -9,6 +9,7 @@ from keras.src.models.functional import Functional
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.models.regularized_model import RegularizedFunctional
+from keras_infomcr.models.regularized_training import RegularizedTraining
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 X = np.random.default_rng(1).normal(size=(8, 4)).astype("float32")
@@ -198,7 +199,7 @@ def expected_single():
 @pytest.fixture(autouse=True)
 def bases_stay():
     yield
-    assert RegularizedModel.__bases__ == (keras.Model,)
+    assert RegularizedModel.__bases__ == (RegularizedTraining, keras.Model)
     assert RegularizedFunctional.__bases__ == (RegularizedModel, Functional)
     assert not issubclass(RegularizedModel, Functional)
 
@@ -312,7 +313,7 @@ STYLES = {
 def test_ways_do_not_disturb_each_other(first, second):
     for style in (first, second):
         assert STYLES[style]()(X).shape == (8, 2)
-        assert RegularizedModel.__bases__ == (keras.Model,)
+        assert RegularizedModel.__bases__ == (RegularizedTraining, keras.Model)
 
 
 def test_grandchildren_of_both_kinds():
