@@ -107,7 +107,9 @@ def directions(model, function, batch):
     objective = Objective(model)
     weights, state = objective.weights(), objective.state()
     value_and_grad = backend.value_and_grad(function)
-    _, gradients, products = backend.hessian_vector_product(function)(weights, None, state, batch)
+    _, gradients, products = backend.value_grad_and_hessian_product(function)(
+        weights, None, state, batch
+    )
     differences = []
     for alpha in ALPHAS:
         moved = [w - float(alpha) * g for w, g in zip(weights, gradients)]

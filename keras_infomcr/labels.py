@@ -2,16 +2,14 @@
 
 TensorFlow and torch refuse a class that there is not, each with an error of its own, or fail on a
 GPU. JAX takes the example for one without a label.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: the function for masks.
 """
 
 from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend.common.masking import get_keras_mask
 
+from keras_infomcr.keras_internals import get_keras_mask
 from keras_infomcr.objective import losses_of
 
 

@@ -127,7 +127,7 @@ class InputJacobian:
         self._structure = keras.tree.map_structure(lambda a: 0, x)
         self._lock = threading.Lock()
         # An example's own row is the derivative of the batch's sum: in inference none sees others.
-        self._rows = backend.jacobian(self._sums, True, compiled=not model.run_eagerly)
+        self._rows = backend.jacobian(self._sums, compiled=not model.run_eagerly)
         self._of_batch = self._values if model.run_eagerly else backend.compiled(self._values)
         # What the model ends in, one example tells, before a framework traces.
         first = [ops.convert_to_tensor(a[:1]) for a in inputs]

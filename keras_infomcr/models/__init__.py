@@ -1,6 +1,5 @@
 """Models that train towards flat minima."""
 
-from keras_infomcr.models.regularized_model import RegularizedModel
-from keras_infomcr.models.wrapped_model import WrappedModel
+from keras_infomcr.models.regularized_model import RegularizedModel, WrappedModel
 
 __all__ = ["RegularizedModel", "WrappedModel"]

@@ -4,12 +4,16 @@ import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import keras
 
 from keras_infomcr import backend
 
 
 @contextlib.contextmanager
-def file_of_chief(model, filepath):
+def file_of_chief(model: keras.Model, filepath: Any) -> Iterator[Any]:
     """Open a context for saving a model, with the path to write to.
 
     All processes must take part: to read some variables is to sum them over workers. The file of

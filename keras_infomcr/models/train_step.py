@@ -1,8 +1,4 @@
-"""One step of Keras's `train_step`, regularised.
-
-Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, `_loss_tracker`,
-`_symbolic_build`, `_flatten_layers`.
-"""
+"""One step of Keras's `train_step`, regularised."""
 
 import warnings
 from typing import Any
@@ -11,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_infomcr import backend
+from keras_infomcr.keras_internals import all_layers, compute_loss, loss_tracker, symbolic_build
 from keras_infomcr.models.monitor import RegularizerMonitor
 from keras_infomcr.objective import Batch, Objective, copied
 from keras_infomcr.regularizers import Regularizer, Step
@@ -35,10 +32,10 @@ def train_step(
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     batch = Batch(x, y, copied(sample_weight))
     replaces_main_pass = regularizer.replaces_main_pass(model)
-    if replaces_main_pass and not all(layer.built for layer in model._flatten_layers()):
-        model._symbolic_build(data_batch=tuple(batch))
+    if replaces_main_pass and not all(layer.built for layer in all_layers(model)):
+        symbolic_build(model, tuple(batch))
     if not (replaces_main_pass and model.trainable_variables):
-        y_pred, gradients = backend.main_pass(model, x, y, sample_weight)
+        y_pred, gradients = model._main_pass(x, y, sample_weight)
     if not model.trainable_variables:  # as is known now of a model that this step has built
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -70,7 +67,7 @@ def train_step(
     else:
         _check_reached(objective, gradients)
         gradients = _added(gradients, terms)
-    backend.apply(model.optimizer, gradients, model.trainable_variables)
+    model._apply_gradients(gradients)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
@@ -79,7 +76,7 @@ def refuse_stateful_layers(model: keras.Model):
 
     Slices of a batch have other rows. Keras itself trains such layers on TensorFlow alone.
     """
-    stateful = [x.name for x in model._flatten_layers() if getattr(x, "stateful", False)]
+    stateful = [x.name for x in all_layers(model) if getattr(x, "stateful", False)]
     if stateful:
         raise ValueError(
             "Recurrent layers must not be stateful where a regulariser evaluates parts of a batch. "
@@ -136,12 +133,12 @@ def _finish_main_pass(model, x, y, y_pred, sample_weight, loss, state):
     """
     if model.loss is not None or type(model).compute_loss is not keras.Model.compute_loss:
         # For what is tracked on the way to the total: losses of single outputs, a user's metrics.
-        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        compute_loss(model, x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     penalty, gradients = _weight_penalties(model.trainable_variables)
     loss = loss + ops.cast(penalty, loss.dtype)
-    model._loss_tracker.update_state(loss, sample_weight=backend.batch_size(x))
+    loss_tracker(model).update_state(loss, sample_weight=backend.batch_size(x))
     variables, of_metrics = model.non_trainable_variables, {id(v) for v in model.metrics_variables}
-    layers = [x for x in model._flatten_layers() if getattr(x, "synchronized", False)]
+    layers = [x for x in all_layers(model) if getattr(x, "synchronized", False)]
     shared = {id(v) for layer in layers for v in layer.non_trainable_variables}
     for variable, value in zip(variables, state):
         if value is not None and id(variable) not in of_metrics:
@@ -184,4 +181,4 @@ def _added(gradients, terms):
 
 def _add(gradient, term):
     """Return gradient + term, a term of `None` counting as zero."""
-    return gradient if term is None else backend.add(gradient, term)
+    return gradient if term is None else backend.add_to_gradient(gradient, term)

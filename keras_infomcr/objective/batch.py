@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import keras
 from keras import ops
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from keras_infomcr import backend
+from keras_infomcr.keras_internals import get_keras_mask, set_keras_mask
 
 
 class Batch(NamedTuple):

@@ -1,9 +1,4 @@
-"""A Keras model as a pure function of its weights.
-
-Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` (the one list of
-all layers, nested ones included), `_compute_loss` (calls a user's `compute_loss` with or without
-`training`), `_call_has_training_arg`, `_loss_ids`.
-"""
+"""A Keras model as a pure function of its weights."""
 
 import contextlib
 from typing import Any
@@ -12,6 +7,7 @@ import keras
 
 from keras_infomcr import backend
 from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.keras_internals import call_has_training_arg, compute_loss, forget_loss_ids
 from keras_infomcr.objective.batch import Batch, SubBatches
 from keras_infomcr.objective.precision import true_float32
 from keras_infomcr.objective.weight_penalties import without_weight_penalties
@@ -60,8 +56,13 @@ class Objective:
         """Return the loss with, as auxiliary, the predictions and the new state."""
         with self.at(weights, state, training=True) as (predict, scope):
             predictions = predict(batch.x)
-            loss = self.model._compute_loss(
-                batch.x, batch.y, predictions, copied(batch.sample_weight), training=True
+            loss = compute_loss(
+                self.model,
+                batch.x,
+                batch.y,
+                predictions,
+                copied(batch.sample_weight),
+                training=True,
             )
             variables = self.model.non_trainable_variables
             values = [scope.get_current_value(v) for v in variables]
@@ -79,7 +80,7 @@ class Objective:
 
     def evaluate_with_product(self, weights: list, state: list, batch: Batch) -> tuple:
         """Return the same, the Hessian times the gradient g, and ||g||^2."""
-        product = backend.hessian_vector_product(self)
+        product = backend.value_grad_and_hessian_product(self)
         (loss, (predictions, new_state)), gradients, products = product(weights, None, state, batch)
         self._note(gradients)
         squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
@@ -104,7 +105,7 @@ class Objective:
             The function `x -> predictions` and the `keras.StatelessScope`, which collects updates.
         """
         model = self.model
-        kwargs = {"training": training} if model._call_has_training_arg else {}
+        kwargs = {"training": training} if call_has_training_arg(model) else {}
         num_variables = len(model.non_trainable_variables)
         mapping = [
             *zip(model.metrics_variables, model.metrics_variables),
@@ -187,13 +188,8 @@ def _loss_ids_forgotten(model):
 
     It drops what a layer's last call has added, known by `id`, which a new object may have got.
     """
-    _forget_loss_ids(model)
+    forget_loss_ids(model)
     try:
         yield
     finally:
-        _forget_loss_ids(model)
-
-
-def _forget_loss_ids(model):
-    for layer in model._flatten_layers():
-        layer._loss_ids.clear()
+        forget_loss_ids(model)

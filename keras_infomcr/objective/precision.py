@@ -1,11 +1,8 @@
-"""Evaluations in float32 whatever the dtype policy.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: `_dtype_policy` of a layer, since the
-public setter would write into a `DTypePolicyMap` that layers share, and would quantise.
-"""
+"""Evaluations in float32 whatever the dtype policy."""
 
 import copy
 
+from keras_infomcr.keras_internals import DTYPE_POLICY, all_layers, dtype_policy
 from keras_infomcr.objective.stand_ins import StandIn, evaluating, standing_in
 
 HALF_PRECISION = ("float16", "bfloat16")
@@ -15,11 +12,11 @@ def true_float32(model):
     """Return a context in which layers of mixed precision compute in float32."""
     layers = [
         layer
-        for layer in model._flatten_layers()
-        if isinstance(layer._dtype_policy, _TrueFloat32)
+        for layer in all_layers(model)
+        if isinstance(dtype_policy(layer), _TrueFloat32)
         or (layer.compute_dtype in HALF_PRECISION and layer.variable_dtype == "float32")
     ]
-    return standing_in(layers, "_dtype_policy", _stand_in)
+    return standing_in(layers, DTYPE_POLICY, _stand_in)
 
 
 def float8_scales(variables):

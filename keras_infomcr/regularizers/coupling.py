@@ -1,12 +1,9 @@
-"""Which models couple the examples of a batch.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: `_fn_kwargs`, the one place where a
-loss keeps all arguments of its function.
-"""
+"""Which models couple the examples of a batch."""
 
 import keras
 from keras import layers, losses
 
+from keras_infomcr.keras_internals import all_layers, loss_arguments
 from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples, losses_of
 
 # Layers that map each example by itself, draw no random numbers and make no masks.
@@ -38,7 +35,7 @@ _LOSSES_BY_EXAMPLE = (
 )  # fmt: skip
 
 
-def couples_no_examples(model):
+def couples_no_examples(model: keras.Model) -> bool:
     """Return whether the model is known to couple no two examples of a batch in training.
 
     Known are Functional models of listed Keras layers with listed losses of Keras. Random layers
@@ -50,20 +47,20 @@ def couples_no_examples(model):
         and is_mean_over_examples(model)
         and all(map(_is_loss_by_example, compiled_losses))
         and _is_graph_of_known_layers(model)
-        and not any(layer.activity_regularizer for layer in model._flatten_layers())
-        and not any(layer.compute_dtype in HALF_PRECISION for layer in model._flatten_layers())
+        and not any(layer.activity_regularizer for layer in all_layers(model))
+        and not any(layer.compute_dtype in HALF_PRECISION for layer in all_layers(model))
     )
 
 
-def has_state_of_its_own(model):
+def has_state_of_its_own(model: keras.Model) -> bool:
     """Return whether a layer is a torch module with buffers, which are no variables of Keras."""
-    modules = [x for x in model._flatten_layers() if isinstance(x, layers.TorchModuleWrapper)]
+    modules = [x for x in all_layers(model) if isinstance(x, layers.TorchModuleWrapper)]
     return any(True for layer in modules for _ in layer.module.buffers())
 
 
 def _is_loss_by_example(loss):
     loss = losses.get(loss)
-    arguments = getattr(loss, "_fn_kwargs", {})
+    arguments = loss_arguments(loss)
     return (
         getattr(loss, "fn", loss) in _LOSSES_BY_EXAMPLE
         and _is_of_keras(loss)

@@ -138,7 +138,7 @@ class SubBatchPerturbation(Regularizer):
             passed_on=objective.seeds(state),
             with_main=with_main,
             multiply=times,
-            add_up=backend.looped(accumulate, bool(model.jit_compile)),
+            add_up=backend.rolled_into_loop(accumulate, bool(model.jit_compile)),
         )
         if count < len(sub_batches):  # which stand for all
             result = _scaled(result, len(sub_batches) / count)

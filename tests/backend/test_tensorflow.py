@@ -63,12 +63,12 @@ def steps(i, state):
 
 
 def test_loop_does_what_accumulation_does():
-    loop = backend.looped(accumulate, compiled=False)
+    loop = backend.rolled_into_loop(accumulate, compiled=False)
     assert loop is accumulate  # eagerly there is nothing to gain
 
     @tf.function(autograph=False)
     def in_graph():
-        (total, nothing), outputs = backend.looped(accumulate, compiled=False)(
+        (total, nothing), outputs = backend.rolled_into_loop(accumulate, compiled=False)(
             steps, [tf.constant(1.0)], 3
         )
         assert nothing is None and all(none is None for _, none in outputs)
@@ -88,7 +88,7 @@ def test_ragged_outputs_are_accumulated_without_a_loop():
         def step(i, state):
             return [tf.ones(())], tf.RaggedTensor.from_row_lengths(tf.range(i + 1), [i + 1]), state
 
-        return backend.looped(accumulate, compiled=False)(step, [], 2)
+        return backend.rolled_into_loop(accumulate, compiled=False)(step, [], 2)
 
     (total,), outputs = in_graph()
     assert float(total) == 2
@@ -98,7 +98,9 @@ def test_ragged_outputs_are_accumulated_without_a_loop():
 def test_sums_of_unknown_shape_are_accumulated_without_a_loop():
     @tf.function(autograph=False, input_signature=[tf.TensorSpec((None,))])
     def in_graph(array):
-        return backend.looped(accumulate, compiled=False)(lambda i, s: ([array], (), s), [], 2)
+        return backend.rolled_into_loop(accumulate, compiled=False)(
+            lambda i, s: ([array], (), s), [], 2
+        )
 
     (total,), _ = in_graph(tf.ones(3))
     np.testing.assert_array_equal(total, [2, 2, 2])
@@ -107,7 +109,7 @@ def test_sums_of_unknown_shape_are_accumulated_without_a_loop():
 def test_xla_compiles_no_loop():
     @tf.function(autograph=False)
     def in_graph():
-        assert backend.looped(accumulate, compiled=True) is accumulate
+        assert backend.rolled_into_loop(accumulate, compiled=True) is accumulate
         return tf.zeros(())
 
     in_graph()

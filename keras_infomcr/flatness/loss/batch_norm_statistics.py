@@ -12,6 +12,7 @@ from keras_infomcr.flatness.loss.batch_loss import BatchLoss
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.flatness.running.compiled_for import compiled_for
+from keras_infomcr.keras_internals import all_layers
 
 
 def reestimated_state(loss: LossFunction, data: Iterable, weights: np.ndarray, state: list) -> list:
@@ -58,7 +59,7 @@ class _Statistics:
 
     def __init__(self, batch: BatchLoss):
         model = batch.model
-        layers = [x for x in model._flatten_layers() if hasattr(x, "moving_variance")]
+        layers = [x for x in all_layers(model) if hasattr(x, "moving_variance")]
         self._layers = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
         moving = [v for x in self._layers for v in (x.moving_mean, x.moving_variance)]
         ids = [id(v) for v in model.non_trainable_variables]

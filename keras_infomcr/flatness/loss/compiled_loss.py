@@ -3,9 +3,6 @@
 Keras clips probabilities to [1e-7, 1 - 1e-7], beyond which the loss has no derivatives. Given
 logits, the second derivatives p_j (v_j - sum_k p_k v_k) cancel where a p_j is rounded to 1. With
 logits z - max z they do not: there v_j is 0.
-
-Private names of Keras used here, unchanged from 3.10 to 3.15: `_compute_loss`, `_compile_loss` with
-its `_flat_losses`, and `_fn_kwargs` of a loss.
 """
 
 from collections.abc import Callable
@@ -16,6 +13,16 @@ from keras import ops
 
 from keras_infomcr.flatness.loss.logits import Logits
 from keras_infomcr.flatness.loss.replaced import replaced
+from keras_infomcr.keras_internals import (
+    FLAT_LOSSES,
+    LOSS_ARGUMENTS,
+    compile_loss,
+    compute_loss,
+    flat_losses,
+    forget_loss_ids,
+    known_logits,
+    loss_arguments,
+)
 
 
 def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):
@@ -23,8 +30,8 @@ def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):
 
     It makes metrics too then, which must not be made while a framework traces.
     """
-    if _is_of_keras(model) and not model._compile_loss.built:
-        model._compile_loss.build(y, outputs)
+    if _is_of_keras(model) and not compile_loss(model).built:
+        compile_loss(model).build(y, outputs)
 
 
 def _is_of_keras(model: keras.Model) -> bool:
@@ -58,27 +65,26 @@ def compiled_loss(
     """
 
     def compute():
-        return model._compute_loss(x, y, outputs, None, training=training)
+        return compute_loss(model, x, y, outputs, None, training=training)
 
-    known = model._compile_loss
+    known = compile_loss(model)
     if not known.built:  # only a `compute_loss` of the user's can know by what to choose them
         compute()
-    clipped, entries = [], known._flat_losses or []
+    clipped, entries = [], flat_losses(known)
     if of_example:
-        for layer in model._flatten_layers():
-            layer._loss_ids.clear()  # by which Keras finds what `add_loss` has been given
+        forget_loss_ids(model)  # by which Keras finds what `add_loss` has been given
         entries = [entry._replace(loss=_without_smoothing(entry.loss)) for entry in entries]
         if len(entries) == 1:
             entries = [entries[0]._replace(loss_weights=None)]
     entries = [e._replace(loss=_looking_behind(e.loss, logits, clipped)) for e in entries]
-    with replaced(known, "_flat_losses", entries):
+    with replaced(known, FLAT_LOSSES, entries):
         return compute(), clipped
 
 
 def _without_smoothing(loss: Any) -> Any:
-    if not getattr(loss, "_fn_kwargs", {}).get("label_smoothing"):
+    if not loss_arguments(loss).get("label_smoothing"):
         return loss
-    return _changed(loss, _fn_kwargs={**loss._fn_kwargs, "label_smoothing": 0.0})
+    return _with_arguments(loss, label_smoothing=0.0)
 
 
 def _changed(loss: Any, **attributes) -> Any:
@@ -86,6 +92,10 @@ def _changed(loss: Any, **attributes) -> Any:
     changed = object.__new__(type(loss))
     changed.__dict__.update(loss.__dict__ | attributes)
     return changed
+
+
+def _with_arguments(loss: Any, **arguments) -> Any:
+    return _changed(loss, **{LOSS_ARGUMENTS: {**loss_arguments(loss), **arguments}})
 
 
 def _looking_behind(loss: Any, logits: Logits, clipped: list) -> Callable:
@@ -99,15 +109,14 @@ def _looking_behind(loss: Any, logits: Logits, clipped: list) -> Callable:
     kind, on_logits = kinds[0]
 
     def looking_behind(y_true, y_pred, sample_weight=None):
-        from_logits = loss._fn_kwargs.get("from_logits")
-        if from_logits and hasattr(y_pred, "_keras_logits"):
+        from_logits = loss_arguments(loss).get("from_logits")
+        if from_logits and known_logits(y_pred) is not None:
             return loss(y_true, y_pred, sample_weight)  # what backends understand differently
         known = y_pred if from_logits else _known_logits(loss, y_pred, kind, logits)
         if known is None:
             clipped.append((y_pred, kind))
             return loss(y_true, y_pred, sample_weight)
-        arguments = {**loss._fn_kwargs, "from_logits": True}
-        twin = _changed(loss, fn=on_logits(function), _fn_kwargs=arguments)
+        twin = _with_arguments(_changed(loss, fn=on_logits(function)), from_logits=True)
         call = twin.call
         twin.call = lambda y_true, _: call(y_true, ops.cast(known, twin.dtype))
         return twin(y_true, y_pred, sample_weight)  # which takes the mask from the output
@@ -117,7 +126,7 @@ def _looking_behind(loss: Any, logits: Logits, clipped: list) -> Callable:
 
 def _known_logits(loss: Any, y_pred: Any, kind: str, logits: Logits) -> Any:
     last = -1, len(y_pred.shape) - 1
-    usual = kind == "binary" or loss._fn_kwargs.get("axis", -1) in last
+    usual = kind == "binary" or loss_arguments(loss).get("axis", -1) in last
     return logits.of(y_pred, kind) if usual else None
 
 

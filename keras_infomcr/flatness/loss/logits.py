@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_infomcr.flatness.loss.replaced import replaced
+from keras_infomcr.keras_internals import all_layers, known_logits
 
 _KINDS = [(keras.activations.softmax, "categorical"), (keras.activations.sigmoid, "binary")]
 
@@ -32,7 +33,7 @@ class Logits:
         for probabilities, inputs, of_kind in self._noted:
             if probabilities is output:
                 return inputs if of_kind == kind else None
-        return getattr(output, "_keras_logits", None)
+        return known_logits(output)
 
     def noting(self, activation: Callable, kind: str, axis: Any = -1) -> Callable:
         """Return an activation that notes what it is applied to, unless that is masked."""
@@ -52,7 +53,7 @@ def predict_with_logits(model: keras.Model, predict: Callable, x: Any) -> tuple[
     """Return `predict(x)` and the `Logits` of that call."""
     logits = Logits()
     with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
+        for layer in all_layers(model):
             # Recurrent layers have a property by this name.
             activation = layer.__dict__.get("activation")
             kind = next((kind for known, kind in _KINDS if activation is known), None)

@@ -15,6 +15,7 @@ from keras_infomcr.flatness.loss.means import mean_over_examples
 from keras_infomcr.flatness.loss.measured_loss import resolved_loss
 from keras_infomcr.flatness.running.checks import check_built, misfit_warning, warn
 from keras_infomcr.flatness.running.only_checking import end_of_checks
+from keras_infomcr.keras_internals import compile_loss
 from keras_infomcr.labels import check_labels, is_sparse
 from keras_infomcr.objective import is_mean_over_examples, losses_of
 
@@ -151,7 +152,7 @@ class LossFunction:
     def _prepare(self, batch: tuple, args: tuple):
         """Check the labels of a batch, and let Keras choose its functions before it is traced."""
         x, y = batch
-        built = self.bearer._compile_loss.built
+        built = compile_loss(self.bearer).built
         if not built or (self._checks_labels and self._outputs is None):
             x = keras.tree.map_structure(ops.convert_to_tensor, x)
             outputs = self.batch.outputs(*args[:2], x)

@@ -1,19 +1,15 @@
-"""The 0-1 error of a classifier: the fraction of the examples that it gets wrong.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: the function for masks, which its
-losses and metrics use too.
-"""
+"""The 0-1 error of a classifier: the fraction of the examples that it gets wrong."""
 
 from typing import Any
 
 import keras
 from keras import ops
-from keras.src.backend.common.masking import get_keras_mask
 
 from keras_infomcr.flatness.loss.batch_loss import BatchLoss
 from keras_infomcr.flatness.loss.example_values import kind_of_loss
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.running.compiled_for import compiled_for
+from keras_infomcr.keras_internals import get_keras_mask
 
 
 class LossAndError(LossFunction):

@@ -4,8 +4,6 @@ A tap is an identity operation on the outputs of a layer. In the backward pass o
 the layer's inputs and the gradients by its outputs, for all examples at once. It computes from them
 the Gram matrix of the examples' gradients by the layer's weights, and returns it as the "gradient"
 of a dummy argument, the probe. No gradient of a single example is stored.
-
-Private names of Keras used here, unchanged from 3.10 to 3.15: `_flatten_layers` and `_remat_mode`.
 """
 
 import collections
@@ -20,6 +18,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.flatness.per_example.layer_grams import KINDS
+from keras_infomcr.keras_internals import all_layers, is_rematerialized
 
 
 class Taps:
@@ -39,12 +38,12 @@ class Taps:
         # and float64 is needed for Gram matrices whose determinants are to be right.
         self._known = [
             layer
-            for layer in model._flatten_layers()
+            for layer in all_layers(model)
             if double
             and type(layer) in KINDS
             and layer.variable_dtype in ("float32", "float64")
             and getattr(layer, "groups", 1) == 1
-            and getattr(layer, "_remat_mode", None) is None  # `keras.RematScope`
+            and not is_rematerialized(layer)
         ]
         self._trainable = {id(v) for v in model.trainable_variables}
         self._read_elsewhere = set()
@@ -170,12 +169,12 @@ def _tap(layer: keras.Layer, names: list[str], inputs: Any, outputs: Any, probe:
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
             with backend.float64_allowed():
-                grams = grams_of(backend.after(inputs, upstream), upstream)
+                grams = grams_of(backend.delayed_until(inputs, upstream), upstream)
                 total = sum(grams[name]() for name in names)
             none = ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)
             # One layer at a time, which saves memory: the gradients of the next layer wait until
             # this Gram matrix is computed.
-            return backend.after(upstream, total), none, total
+            return backend.delayed_until(upstream, total), none, total
 
         return ops.copy(outputs), gradient  # torch lets nobody change an input in place
 

@@ -1,14 +1,12 @@
-"""What is compiled for a model, kept as long as the model lives.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: `_compile_loss`, which `compile` makes
-anew each time.
-"""
+"""What is compiled for a model, kept as long as the model lives."""
 
 import collections
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
+
+from keras_infomcr.keras_internals import compile_loss
 
 _ATTRIBUTE = "_keras_infomcr_compiled"
 
@@ -30,7 +28,7 @@ def compiled_for(model: keras.Model, key: Hashable, make: Callable[[], Any]) -> 
             object can take their place.
         make: Function of no arguments. What it returns may hold the model.
     """
-    state = [*model.trainable_variables, getattr(model, "_compile_loss", None)]
+    state = [*model.trainable_variables, compile_loss(model)]  # which `compile` makes anew
     kept = model.__dict__.get(_ATTRIBUTE)
     if kept is None or not kept.fits(state, model.run_eagerly):
         kept = _Kept(state, model.run_eagerly)

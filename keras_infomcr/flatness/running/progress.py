@@ -4,6 +4,8 @@ import contextlib
 
 import keras
 
+from keras_infomcr.keras_internals import steps_shown
+
 
 @contextlib.contextmanager
 def progress_bar(target, verbose):
@@ -11,4 +13,4 @@ def progress_bar(target, verbose):
     bar = keras.utils.Progbar(target, verbose=verbose, unit_name="pass")
     yield bar
     if verbose:
-        bar.update(bar._seen_so_far, finalize=True)
+        bar.update(steps_shown(bar), finalize=True)

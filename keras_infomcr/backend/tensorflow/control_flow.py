@@ -1,15 +1,69 @@
-"""TensorFlow: functions that become graphs of their own, and loops over them.
+"""TensorFlow: graphs, loops and branches in them, and rows of arrays.
 
-Private names of Keras used here, unchanged from 3.10 to 3.15: the functions for masks, which Keras
-keeps as an attribute of tensors and graphs do not pass on.
+Keras keeps the mask of a tensor as an attribute, which graphs, loops and branches do not pass on:
+here masks travel as results of their own.
 """
+
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+
+from keras_infomcr.backend.tensorflow.random import draws_refused
+from keras_infomcr.keras_internals import get_keras_mask, set_keras_mask
 
 
-def traced_once(function):
+def compiled(function: Callable) -> Callable:
+    """Return a graph function."""
+
+    def checked(*args):
+        with draws_refused():
+            return function(*args)
+
+    return tf.function(checked, reduce_retracing=True, autograph=False)
+
+
+def delayed_until(array: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """Return the array, once the other is known."""
+    with tf.control_dependencies([other]):
+        return tf.identity(array)
+
+
+def is_traced(array) -> bool:
+    """Return whether the array stands for numbers that are not known yet."""
+    return tf.is_symbolic_tensor(array)
+
+
+def batch_size(batch) -> int | tf.Tensor:
+    """Return the number of examples, a Python integer where it is known while tracing."""
+    first = next(a for a in keras.tree.flatten(batch) if a is not None)
+    if first.shape[0] is not None:
+        return int(first.shape[0])
+    if isinstance(first, tf.RaggedTensor):
+        return tf.cast(first.nrows(), tf.int32)
+    return tf.cast(tf.shape(first)[0], tf.int32)
+
+
+def slice_rows(array, start, length):
+    """Return rows of a dense, ragged or sparse tensor."""
+    if isinstance(array, tf.RaggedTensor):
+        return array[start : start + length]
+    if not isinstance(array, tf.SparseTensor):
+        part = array[start : start + length]
+        # Layers ask for the shapes that slicing forgets.
+        part.set_shape([length if isinstance(length, int) else None, *array.shape[1:]])
+        return part
+    shape = tf.cast(array.dense_shape, tf.int64)
+    start, length = tf.cast(start, tf.int64), tf.cast(length, tf.int64)
+    begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)
+    part = tf.sparse.slice(array, begin, tf.concat([[length], shape[1:]], axis=0))
+    static = [None, *array.shape[1:]]
+    return tf.SparseTensor(
+        part.indices, part.values, tf.ensure_shape(part.dense_shape, [len(static)])
+    )
+
+
+def traced_once(function: Callable) -> Callable:
     """Return the function as a graph of its own, which takes and returns tensors."""
     if _must_stay_open():
         return function
@@ -25,7 +79,7 @@ def traced_once(function):
     return traced
 
 
-def looped(accumulate, compiled):
+def rolled_into_loop(accumulate: Callable, compiled: bool) -> Callable:
     """Return a function like `accumulate` whose graph has one step, executed in a loop.
 
     Not under XLA, which on CPUs is many times slower at convolutions within loops.
@@ -74,8 +128,9 @@ def looped(accumulate, compiled):
     return loop
 
 
-def cond(predicate, true_function, false_function):
+def cond(predicate: tf.Tensor, true_function: Callable, false_function: Callable):
     """Call one of two functions."""
+    # `tf.cond` returns tensors alone: where the structures have `None` is remembered beside it.
     structures = []
 
     def flat(function):

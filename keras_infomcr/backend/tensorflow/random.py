@@ -1,15 +1,14 @@
-"""TensorFlow: random numbers that an evaluation cannot be made to draw again.
-
-Private name of Keras used here, unchanged from 3.10 to 3.15: `_call_has_training_arg`.
-"""
+"""TensorFlow: random numbers, and the refusal of those that cannot be drawn again."""
 
 import contextlib
 import re
 import weakref
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
+from keras_infomcr import keras_internals
 from keras_infomcr.core.host_generators import host_generators_kept
 
 # Operations that draw from hidden states of TensorFlow; Keras's own random layers use none.
@@ -23,11 +22,20 @@ _checked = weakref.WeakSet()
 
 
 class _Draws(ValueError):
-    """What is raised."""
+    """Raised for a draw, to be told from the errors of models that cannot be traced."""
+
+
+def random_state() -> list[tf.Tensor]:
+    """Return nothing: what TensorFlow's unseeded operations draw from cannot be read."""
+    return []
+
+
+def set_random_state(state: list[tf.Tensor]) -> None:
+    """Do nothing."""
 
 
 @contextlib.contextmanager
-def draws_refused():
+def draws_refused() -> Iterator[None]:
     """Raise an error if what is traced in this context draws random numbers by TensorFlow itself.
 
     Two evaluations would draw different numbers. Nothing is traced where a model runs eagerly: see
@@ -50,12 +58,15 @@ def draws_refused():
         )
 
 
-def check_draws_of_eager_model(model, x):
-    """Raise that error, once for a model that runs eagerly, by tracing it for nothing else."""
+def check_draws_of_eager_model(model: keras.Model, x) -> None:
+    """Raise the error of `draws_refused` for a model that runs eagerly.
+
+    The model is traced for this check alone, once in its life: an operation is seen in a graph.
+    """
     if model in _checked or not model.built:
         return
     _checked.add(model)
-    call = {"training": True} if model._call_has_training_arg else {}
+    call = {"training": True} if keras_internals.call_has_training_arg(model) else {}
 
     @tf.function(autograph=False)
     def traced(x):

@@ -1,0 +1,54 @@
+"""torch: operations run one by one as they are called; and rows of tensors.
+
+Private name of torch used here, for which there is no public one: `is_batchedtensor`.
+"""
+
+from collections.abc import Callable
+
+import keras
+import torch
+
+
+def compiled(function: Callable) -> Callable:
+    """Return the function."""
+    return function
+
+
+def delayed_until(array: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the array: operations run in the order in which they are called."""
+    return array
+
+
+def is_traced(array: torch.Tensor) -> bool:
+    """Return whether the array stands for numbers that are not known yet, within `vmap`."""
+    return torch._C._functorch.is_batchedtensor(array)
+
+
+def batch_size(batch) -> int:
+    """Return the number of examples."""
+    return next(a for a in keras.tree.flatten(batch) if a is not None).shape[0]
+
+
+def slice_rows(array: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return rows of a tensor."""
+    return array[start : start + length]
+
+
+def traced_once(function: Callable) -> Callable:
+    """Return the function: nothing is traced."""
+    return function
+
+
+def rolled_into_loop(accumulate: Callable, compiled: bool) -> Callable:
+    """Return `accumulate`: nothing is traced."""
+    return accumulate
+
+
+def cond(predicate: torch.Tensor, true_function: Callable, false_function: Callable):
+    """Call one of two functions."""
+    return true_function() if predicate else false_function()
+
+
+def as_tensor(array) -> torch.Tensor | None:
+    """Return an array on the device that Keras computes on."""
+    return None if array is None else keras.ops.convert_to_tensor(array)
