@@ -52,15 +52,12 @@ def literal_base(num_sub_batches=2):
             """Take one step of Algorithm 1; return the logs."""
             data = keras.tree.map_structure(to_tensor, data)
             x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
-            states = recurrent_states(self)
-            before = values_of(states)
             untouched = copy_of(weights)
             y_pred, loss, found = self.evaluate_at(x, y, weights, penalties=True)
             self._loss_tracker.update_state(loss, sample_weight=batch_size(x))
             # What the main pass has left is what the step leaves: the evaluations of the
             # sub-batches must not advance metrics, statistics or random numbers.
-            after = values_of(self.variables + self.metrics_variables + states)
-            restore(before)
+            after = values_of(self.variables + self.metrics_variables)
             generators = generator_states()
             total = self.regularizer(x, y, untouched)
             restore(after)
@@ -72,23 +69,20 @@ def literal_base(num_sub_batches=2):
             apply(self.optimizer, found, self.trainable_variables)
             return self.compute_metrics(x, y, y_pred, sample_weight=weights)
 
-        def evaluate_at(self, x, y, weights, penalties=False, rows=None):
+        def evaluate_at(self, x, y, weights, penalties=False):
             """Return the predictions, the loss and its gradients at the weights of now.
 
             Args:
                 x: Inputs.
-                y: Labels, of the chosen rows.
-                weights: Sample weights of the chosen rows, or `None`.
+                y: Labels.
+                weights: Sample weights, or `None`.
                 penalties: Boolean, whether weight penalties count.
-                rows: Integers, the rows of the predictions that `y` labels, or `None` for all.
             """
             kwargs = {"training": True} if self._call_has_training_arg else {}
             own_weights = weights if penalties else copy_of(weights)
 
             def loss():
                 y_pred = self(x, **kwargs)
-                if rows is not None:
-                    y_pred = keras.ops.take(y_pred, rows, axis=0)
                 loss = self._compute_loss(x, y, y_pred, own_weights, training=True)
                 if not penalties:
                     loss -= sum(v.regularizer(v) for v in self.trainable_variables if v.regularizer)
@@ -100,16 +94,12 @@ def literal_base(num_sub_batches=2):
         def regularizer(self, x, y, weights):
             """Return the gradient of R_alpha; append its value and the batch size to `values`."""
             variables = self.trainable_variables
-            states = recurrent_states(self)
             total, size, value = [0.0 for _ in variables], batch_size(x), 0.0
             for rows in slices(size, num_sub_batches):
-                # A stateful layer has a state for each row of the whole batch. It sees all rows,
-                # and the loss sees its own; nothing couples the rows, so that the rest adds zero.
-                part = (x if states else take(x, rows)), take(y, rows), take(weights, rows)
-                keep = rows if states else None
-                state = values_of(self.non_trainable_variables + states)
+                part = take(x, rows), take(y, rows), take(weights, rows)
+                state = values_of(self.non_trainable_variables)
                 generators = generator_states()
-                _, loss, g = self.evaluate_at(*part, rows=keep)
+                _, loss, g = self.evaluate_at(*part)
                 # The next sub-batch goes on with the random numbers that this one leaves, while
                 # its second evaluation draws the same ones as its first.
                 seeds = [(v, v.numpy()) for v, _ in state if "float" not in v.dtype]
@@ -119,7 +109,7 @@ def literal_base(num_sub_batches=2):
                 for v, d in zip(variables, g):
                     if d is not None:
                         v.assign(v - ALPHA * d)
-                _, loss_moved, h = self.evaluate_at(*part, rows=keep)
+                _, loss_moved, h = self.evaluate_at(*part)
                 restore(here + state + seeds)
                 fraction = len(rows) / size
                 value += fraction * float(loss - loss_moved)
@@ -128,11 +118,6 @@ def literal_base(num_sub_batches=2):
             return total
 
     return Literal
-
-
-def recurrent_states(model):
-    """Return the states of recurrent layers, which Keras does not list among the variables."""
-    return [v for layer in model.layers for v in getattr(layer, "states", None) or []]
 
 
 def values_of(variables):
