@@ -57,8 +57,8 @@ MEASURES = {
     "fisher_frobenius_norm": lambda *a: flatness.fisher_frobenius_norm(*a, **FEW).value,
     "fisher_spectral_radius": lambda *a: flatness.fisher_spectral_radius(*a, **FEW).value,
     "input_jacobian_norm": lambda *a: flatness.input_jacobian_norm(*a, **ALL).value,
-    "adaptive_sharpness (worst)": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
-    "adaptive_sharpness (average)": lambda *a: (
+    "adaptive_sharpness": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
+    "average_adaptive_sharpness": lambda *a: (
         flatness.average_adaptive_sharpness(*a, rho=0.1, **ALL).value
     ),
     # The weaker noise of the default leaves most of these networks without an error.

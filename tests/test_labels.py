@@ -86,7 +86,7 @@ def test_labels_of_a_subclassed_model_that_stand_for_classes(rng):
     x, y, model = inputs_of(rng), np.array([0, 1, 2, 3, 3, 0]), subclassed()
     plain = functional()
     plain.set_weights(model.get_weights())
-    settings = {"batch_size": 4, "sigma": 0.1, "num_samples": 2, "seed": 0}
+    settings = {"chunk_size": 4, "sigma": 0.1, "num_samples": 2, "seed": 0}
     expected, found = (flatness.local_energy(m, x, y, **settings).value for m in (plain, model))
     assert found == pytest.approx(expected, rel=1e-5)
 

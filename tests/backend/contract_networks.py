@@ -24,10 +24,9 @@ import numpy_layers as oracle
 import pytest
 from frameworks import BACKEND, array, numpy, only_on
 from keras import layers
-from keras_infomcr.sub_batches import Batch
 
 from keras_infomcr import RegularizedModel, backend
-from keras_infomcr.objective import Objective
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 ROUNDING, STENCIL, DIFFERENCE, SINGLE = 1e-12, 1e-9, 1e-10, 1e-4
@@ -365,10 +364,10 @@ def regularize(net, *estimators, alpha=ALPHA):
     def averages(*batch):
         results = [
             SubBatchPerturbation(alpha, 1.0, len(SIZES), "sub_batches", estimator=estimator)(
-                net.objective, Batch(*batch)
+                net.objective, Batch(*batch), []
             )
             for estimator in estimators
         ]
-        return [(r.value, r.gradient, r.loss_gradient) for r in results]
+        return [(r.value, r.gradient, r.main.gradients) for r in results]
 
     return at_once(averages, *net.args)

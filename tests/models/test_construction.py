@@ -25,6 +25,7 @@ from ways_to_make import (
 )
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.models.regularized_training import RegularizedTraining
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 
@@ -114,7 +115,7 @@ STYLES = {
 def test_ways_do_not_disturb_each_other(first, second):
     for style in (first, second):
         assert STYLES[style]()(X).shape == (8, 2)
-        assert RegularizedModel.__bases__ == (keras.Model,)
+        assert RegularizedModel.__bases__ == (RegularizedTraining, keras.Model)
 
 
 def test_grandchildren_of_both_kinds():

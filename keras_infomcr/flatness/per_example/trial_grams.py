@@ -160,7 +160,8 @@ class TrialGrams:
                 weights[k] = weight
             return self._values_at((weights, state), self._training, x, y, self.values)
 
-        return backend.jacobian(values, self._training, compiled=not self._model.run_eagerly)
+        rows_of = backend.jacobian if self._training else backend.gradients_by_example
+        return rows_of(values, compiled=not self._model.run_eagerly)
 
 
 def _owner(variable: keras.Variable) -> str:
