@@ -84,7 +84,7 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
 
 
 def own_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """Return the metrics that are attributes of the model, without those of its `compile`."""
+    """Return the metrics that are attributes of the model, without what `compile` has made."""
     return model._metrics
 
 

@@ -22,8 +22,8 @@ def is_sparse(loss: Any) -> bool:
 def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
     """Refuse labels that stand for no class of a sparse cross-entropy.
 
-    The labels of a model with a `compute_loss` of its own, which may change them, are not checked,
-    nor are those of masked outputs, which may be anything where the mask is.
+    The labels of a model with a `compute_loss` of its own, which may change them, are not checked.
+    Nor are the labels of masked outputs, which may be anything where the mask is.
 
     Args:
         model: A compiled `keras.Model`.

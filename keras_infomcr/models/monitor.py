@@ -61,7 +61,7 @@ class RegularizerMonitor:
             if self.awaited:
                 self._warn_once(
                     "The regulariser did not act although `regularizer_active=True`: the model "
-                    "has no trainable weights, or its `train_step` did not call that of "
+                    "has no trainable weights, or its `train_step` did not call the one of "
                     "`RegularizedModel`. Call `super().train_step`, or compile with "
                     "`regularizer=None`."
                 )

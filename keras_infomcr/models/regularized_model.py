@@ -131,7 +131,7 @@ class WrappedModel(RegularizedModel):
 
     Args:
         model: A `keras.Model`.
-        name: String, name of the model. Defaults to that of `model`.
+        name: String, name of the model. Defaults to the name of `model`.
         **kwargs: As for `keras.Model`.
     """
 
@@ -151,7 +151,7 @@ class WrappedModel(RegularizedModel):
 
     @property
     def metrics(self):
-        # Keras leaves out all metrics of an inner model, for the sake of those of its `compile`.
+        # Keras leaves out all metrics of an inner model, because of what its `compile` was given.
         return [*super().metrics, *own_metrics(self.model)]
 
     def call(self, inputs, training=None):

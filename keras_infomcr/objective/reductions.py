@@ -1,4 +1,4 @@
-"""How the compiled losses of a model make one number of those of the examples."""
+"""How the compiled losses of a model make one number of the losses of the examples."""
 
 
 def is_mean_over_examples(model):

@@ -57,8 +57,8 @@ class Regularizer(abc.ABC):
     * `objective.sub_batches(batch, count)`: nearly equal slices of the batch, a sequence of pairs
       `(weight, batch)`, the weight being the size of a slice relative to the mean size.
 
-    `batch` has the attributes `x`, `y` and `sample_weight`, structures of arrays. Of R replicas
-    each calls the rule on its own share of the batch, and what the rule returns is averaged.
+    `batch` has the attributes `x`, `y` and `sample_weight`, structures of arrays. With several
+    replicas, each calls the rule on its own share of the batch, and the results are averaged.
 
     Override where it is needed:
 

@@ -48,25 +48,26 @@ class SubBatchPerturbation(Regularizer):
             unit of the gradient. Defaults to 1e-4, the paper's.
         beta: Float, 0 or greater. Coefficient of R_alpha; the paper tries 1 to 100. It is live:
             `model.regularizer.beta = 20.0` takes effect with the next batch. Defaults to 10.
-        num_sub_batches: Integer, at least 1. M, the number of sub-batches; a batch smaller than
-            that is cut into single examples. Of R replicas each takes M/R, rounded down, and at
-            least one. Under XLA (`jit_compile=True`, and on JAX) the time that the first step
+        num_sub_batches: Integer, at least 1. M, the number of sub-batches; a batch of fewer
+            examples is cut into single examples. With R replicas, each takes M/R sub-batches,
+            rounded down, and at least one. Under XLA (`jit_compile=True`, and on JAX) the time that the first step
             takes to compile grows with M. Defaults to 8, the paper's.
         main_gradient: Where the gradient of L(B, w) comes from.
             `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
             (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
             normalisation then sees sub-batches, its moving variance their mean variance, metrics
             that a layer updates in its `call` stand still, and a loss that weighs an example by
-            the rest of the batch (`ignore_class`, masks, `Dice`) is that of each sub-batch.
+            the rest of the batch (`ignore_class`, masks, `Dice`) is the loss of each sub-batch.
             `"auto"`: the second where the numbers are known to be the same (a Functional model of
             layers of Keras that neither couple the examples of a batch nor draw random numbers,
             with losses of Keras that are means over the examples), else the first. Defaults to
             `"auto"`.
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
-            drawn at random for each step, are perturbed, and their mean stands for that of all:
+            drawn at random for each step, are perturbed, and their mean stands for the mean of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
-            instead of 2, or 1 + 2 k/M instead of 3. The draw follows from the optimizer's step
-            count. Of R replicas each perturbs k/R, as with M. Defaults to `None`: all.
+            instead of 2, or 1 + 2 k/M instead of 3. The sub-batches are drawn deterministically
+            from `optimizer.iterations`. With R replicas, each perturbs k/R. Defaults to `None`:
+            all are perturbed.
         estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
             its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
             constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).

@@ -1,4 +1,4 @@
-"""TensorFlow: random numbers, and the refusal of those that cannot be drawn again."""
+"""TensorFlow: random numbers, and the refusal of numbers that cannot be drawn again."""
 
 import contextlib
 import re

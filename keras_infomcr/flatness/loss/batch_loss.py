@@ -82,8 +82,8 @@ class BatchLoss:
         return self._loss(*args), ()
 
     def _outputs(self, weights, state, x):
-        with self.lock, self.objective.at(weights, state, self._training) as (predict, _):
-            return predict(x)
+        with self.lock:
+            return self.objective.predict(weights, state, x, self._training)
 
     def _loss_and_guess(self, weights, state, x, y):
         loss, outputs = self.evaluate(weights, state, x, y)
