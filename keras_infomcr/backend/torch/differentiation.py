@@ -150,7 +150,7 @@ def low_precision_products() -> bool:
 def gradients(value: torch.Tensor, weights: list[torch.Tensor], **kwargs) -> list:
     """Return the gradients of a value, `None` by weights that it does not depend on.
 
-    `kwargs` are the arguments of `torch.autograd.grad`, which leaves the `.grad` of parameters alone.
+    `kwargs` are passed to `torch.autograd.grad`, which leaves the `.grad` of parameters alone.
     """
     needed = [w for w in weights if w.requires_grad]
     if not value.requires_grad or not needed:
