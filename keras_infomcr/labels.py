@@ -42,6 +42,11 @@ def check_labels(model: keras.Model, y: Any, outputs: Any = None) -> None:
     names = sorted(outputs) if isinstance(outputs, dict) else getattr(model, "output_names", None)
     outputs = keras.tree.flatten(outputs)
     losses = _by_output(model.loss, names)
+    if losses is None and isinstance(model.loss, dict):
+        # Its keys name entries of the outputs, as the labels' do; Keras takes them in this order.
+        if not isinstance(y, dict) or not set(model.loss) <= set(y):
+            return
+        losses = [model.loss.get(name) for name in sorted(y)]
     if losses is None:
         losses = losses_of(model)
         losses *= len(outputs) if len(losses) == 1 else 1

@@ -203,3 +203,22 @@ def test_labels_of_masked_outputs_may_be_anything():
     model = keras.Model(inputs, outputs)
     model.compile("sgd", SPARSE(from_logits=True))
     check_labels(model, np.array([[0, 3, -1], [1, -1, -1]]))
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+@pytest.mark.parametrize("keys", [("b", "a"), ("a", "b"), ("a",)], ids=" ".join)
+def test_losses_by_the_names_of_entries_in_any_order(rng, keys):
+    """The keys name entries of the outputs, which are not the names of the layers."""
+    inputs = keras.Input((4,))
+    outputs = {"b": layers.Dense(2, name="bb")(inputs), "a": layers.Dense(3, name="aa")(inputs)}
+    model = RegularizedModel(inputs, outputs)
+    known = {"a": losses.SparseCategoricalCrossentropy(from_logits=True), "b": "mse"}
+    regularizer = SubBatchPerturbation(num_sub_batches=2)
+    chosen = {key: known[key] for key in keys}
+    model.compile("sgd", chosen, run_eagerly=True, regularizer=regularizer)
+    x = rng.normal(size=(6, 4))
+    y = {"a": np.array([0, 1, 2, 0, 1, 2]), "b": rng.normal(size=(6, 2))}
+    model.fit(x, y, verbose=0)
+    y["a"][0] = 3
+    with pytest.raises(ValueError, match="`y` must hold integers from 0 to 2"):
+        model.fit(x, y, verbose=0)

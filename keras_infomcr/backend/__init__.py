@@ -54,6 +54,7 @@ no use for.
 * `devices(model)`: a list of the devices of this process that share the model's batches; `[None]`
   unless there are several.
 * `on_device(device, function, *args)`: what the function returns of the arguments, computed there.
+* `makes_variables_in_steps()`: whether a compiled step may make variables, in its first call.
 * `variables_of(model)`: a context in which to make variables beside those of a model.
 * `num_replicas(model)`: how many replicas share a batch of the model.
 * `num_parallel_steps(model)`: how many steps run side by side on shares of a batch, each on its
@@ -127,6 +128,7 @@ set_random_state = _random.set_random_state
 _distribution = _file("distribution")
 devices = _distribution.devices
 on_device = _distribution.on_device
+makes_variables_in_steps = _distribution.makes_variables_in_steps
 variables_of = _distribution.variables_of
 num_replicas = _distribution.num_replicas
 num_parallel_steps = _distribution.num_parallel_steps

@@ -114,9 +114,10 @@ class FlatnessCallback(MeasuringCallback):
                 function(self.model, *self.examples())
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
+            cause = str(error).rstrip(".")
             raise kind(
                 f"`measures` must fit the model and the data. Received: {name!r}, which fails: "
-                f"{error} Its arguments are set by `functools.partial({name}, ...)`."
+                f"{cause}. Its arguments are set by `functools.partial({name}, ...)`."
             ) from error
 
     def measure(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ class GammaHatCallback(MeasuringCallback):
             paper has 100.
         normalize_softmax: Boolean, whether to normalise the logits, for a value that compares
             between runs. Needs softmax cross-entropy. Defaults to `False`.
-        softmax_scale: Float, greater than 0, the scale of that. Defaults to 0.04.
+        softmax_scale: Float, greater than 0, the scale of the normalisation. Defaults to 0.04.
         frequency: Integer, at least 1. Measure every so many epochs, and after the last. Defaults
             to 1, which `EarlyStopping` and `ModelCheckpoint` on `gamma_hat` need: their first
             NaN would count as the best.

@@ -14,7 +14,7 @@ class Evaluation(NamedTuple):
             depend on a weight.
         predictions: Structure of arrays `[B, ...]`, the outputs of the model.
         state: List of arrays like the state that the pass started from, as the pass has left it;
-            `None` for an array that the pass has not changed.
+            `None` for an array that the pass has not changed, or if it has changed none.
     """
 
     loss: Any

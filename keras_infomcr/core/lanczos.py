@@ -8,7 +8,7 @@ from keras_infomcr.core.euclidean_norm import unit_of
 def top_eigenvalues(product, start, count, order, tolerance, max_products, floor):
     """Find eigenvalues at one end or both ends of a spectrum, by thick-restart Lanczos.
 
-    Of a repeated eigenvalue one copy may be found only.
+    It may find only one copy of a repeated eigenvalue.
 
     Reference: Wu and Simon, "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue
     Problems", SIAM Journal on Matrix Analysis and Applications, 2000.
@@ -92,8 +92,8 @@ def _orthogonalized(vector, known):
 def tridiagonal(product, start, num_steps):
     """Reduce a symmetric matrix to tridiagonal form by the Lanczos recurrence.
 
-    Of the vectors only two are kept. That they lose their orthogonality makes eigenvalues that
-    were found appear again, and share their weight with the copies.
+    Only two vectors are kept. They lose their orthogonality, so that eigenvalues already found
+    appear again and share their weight with the copies.
 
     Args:
         product: Function `v -> A v` of arrays `[W]`.

@@ -46,7 +46,7 @@ def input_jacobian_norm(
     Regularization", ICML 2020, Sec. 7.1, "robustness" (https://arxiv.org/abs/1911.08192).
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`, compiled with a loss unless `loss` is given.
         x: As for `hessian_trace`; floating-point numbers.
         y: As for `hessian_trace`, but not used: with an array or a dictionary it may be `None`.
         norm: `"spectral"`, the largest singular value, or `"frobenius"`. Defaults to

@@ -189,7 +189,10 @@ class WrappedModel(RegularizedModel):
     @contextlib.contextmanager
     def _state_lent_to_wrapped(self):
         """Let the wrapped model's weight files hold what a compiled model's would."""
-        lent = {"_training_record": self._training_record}
+        lent = {
+            "_training_record": self._training_record,
+            "learning_rate_peak": self.learning_rate_peak,
+        }
         if self.compiled:
             lent["optimizer"] = self.optimizer
         own = {name: self.model.__dict__[name] for name in lent if name in self.model.__dict__}

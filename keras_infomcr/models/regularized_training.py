@@ -8,7 +8,7 @@ from keras_infomcr import backend, labels, objective, regularizers, validation
 from keras_infomcr.models.monitor import LogRegularizer, RegularizerMonitor
 from keras_infomcr.models.progress_bar import ProgressBar
 from keras_infomcr.models.train_step import refuse_stateful_layers, train_step
-from keras_infomcr.models.training_record import TrainingRecord
+from keras_infomcr.models.training_record import PeakOfOldFiles, TrainingRecord
 
 
 class RegularizedTraining(backend.Trainer):
@@ -26,13 +26,17 @@ class RegularizedTraining(backend.Trainer):
     _monitor = None
     # The `id`s of the weights that the regulariser was built for.
     _built_for = None
+    # The list that the regulariser has made then: another model may make another one.
+    _memory = None
     # The compiled step of the other position of the gate, so that flipping back costs nothing.
     _other_train_function = None
 
     def __new__(cls, *args, **kwargs):
         model = super().__new__(cls, *args, **kwargs)
         # Past Keras's tracking: saved with the weights, yet no weight and no metric.
-        object.__setattr__(model, "_training_record", TrainingRecord(model))
+        record = TrainingRecord(model)
+        object.__setattr__(model, "_training_record", record)
+        object.__setattr__(model, "learning_rate_peak", PeakOfOldFiles(record))
         return model
 
     def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
@@ -62,19 +66,34 @@ class RegularizedTraining(backend.Trainer):
         self._built_for = None
         self._other_train_function = None
         self._training_record.reset()
-        if self.built:
-            self.build_regularizer()
 
-    def build_regularizer(self):
-        """Let the regulariser make its memory for the weights, once they are known."""
-        variables = self.trainable_variables
-        if self._regularizer is None or self._built_for == [id(v) for v in variables]:
-            return
+    def build_regularizer(self) -> bool:
+        """Let the regulariser make its memory for the weights, once they are known.
+
+        Returns:
+            Whether it was built just now.
+        """
+        rule, variables = self._regularizer, self.trainable_variables
+        if rule is None:
+            return False
+        if self._built_for == [id(v) for v in variables]:
+            self._check_memory_is_ours()
+            return False
         refuse_stateful_layers(self)
         with backend.variables_of(self):
-            self._regularizer.build(variables)
+            rule.build(variables)
         self._built_for = [id(v) for v in variables]
+        object.__setattr__(self, "_memory", rule.memory)  # past Keras's tracking: no weights
         self._training_record.restore_memory()
+        return True
+
+    def _check_memory_is_ours(self):
+        if self._memory is not self._regularizer.memory:
+            raise ValueError(
+                "A regulariser that keeps a memory must belong to one model. Received: "
+                f"an instance of {type(self._regularizer).__name__} that another model has been "
+                "trained with since. Compile each model with an instance of its own."
+            )
 
     @property
     def regularizer(self) -> regularizers.Regularizer | None:
@@ -110,8 +129,8 @@ class RegularizedTraining(backend.Trainer):
     def make_train_function(self, force=False):
         if force:  # as Keras is asked to do when what was compiled is out of date
             self._other_train_function = None
-        if self.built:
-            self.build_regularizer()
+        if self.built and self.build_regularizer() and self._regularizer.memory:
+            force, self._other_train_function = True, None  # what is compiled has an old memory
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:

@@ -39,26 +39,35 @@ def train_step(
     if not model.trainable_variables:  # as is known now of a model that this step has built
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-    model.build_regularizer()
+    made = model.build_regularizer()
+    if made and regularizer.memory and model.jit_compile and not backend.makes_variables_in_steps():
+        raise ValueError(
+            "A model must be built before a regulariser that keeps a memory trains it under XLA. "
+            f"Received: an unbuilt model and {type(regularizer).__name__}. Call the model on a "
+            "batch first."
+        )
     num_parallel_steps = backend.num_parallel_steps(model)
     unit = _gradient_unit(model.optimizer, num_parallel_steps)
 
     def on_replica(batch):
         step = regularizer(objective, batch, [ops.copy(v) for v in regularizer.memory])
-        _check_step(regularizer, step, replaces_main_pass)
+        _check_step(regularizer, step, replaces_main_pass, len(model.trainable_variables))
         factor = unit * ops.cast(regularizer.strength, backend.widest_float())
         terms = _scaled(factor, step.gradient or [None] * len(model.trainable_variables))
         if step.main is None:
             return (step.value, terms, list(step.memory)), None
         terms = _added(_scaled(unit, step.main.gradients), terms)
-        means = step.value, terms, list(step.memory), step.main.loss, step.main.state
+        state = step.main.state or [None] * len(objective.state())
+        means = step.value, terms, list(step.memory), step.main.loss, state
         return means, step.main.predictions
 
     means, predictions = backend.over_replicas(on_replica)(batch)
     value, terms, memory, *main_pass = means
     monitor.update(value, backend.batch_size(batch), num_parallel_steps)
     for variable, new in zip(regularizer.memory, memory):
-        variable.assign(new)
+        of_floats = "float" in keras.backend.standardize_dtype(variable.dtype)
+        # So that all replicas remember the same, and a file holds what they all go on from.
+        variable.assign(backend.mean_over_steps(new) if of_floats else new)
     if replaces_main_pass:
         y_pred = predictions
         penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
@@ -85,24 +94,34 @@ def refuse_stateful_layers(model: keras.Model):
         )
 
 
-def _check_step(regularizer, step, replaces_main_pass):
+def _check_step(regularizer, step, replaces_main_pass, num_weights):
     """Refuse what breaks the contract of `Regularizer`, and would fail far from its cause."""
+    rule = type(regularizer).__name__  # while tracing, its configuration cannot be read
     if not isinstance(step, Step):
         raise TypeError(
             f"A regulariser must return a `Step`. Received: {step!r} (of type {type(step)}) from "
-            f"{regularizer!r}."
+            f"{rule}."
         )
     if (step.main is not None) != replaces_main_pass:
         raise ValueError(
             "`Step.main` must be given if, and only if, `replaces_main_pass` returns `True`. "
             f"Received: main={step.main!r} and replaces_main_pass={replaces_main_pass} from "
-            f"{regularizer!r}."
+            f"{rule}."
         )
+    for name, gradients in (
+        ("Step.gradient", step.gradient),
+        ("Step.main.gradients", step.main and step.main.gradients),
+    ):
+        if gradients is not None and len(gradients) != num_weights:
+            raise ValueError(
+                f"`{name}` must hold a gradient, or `None`, for each trainable variable. Received: "
+                f"{len(gradients)} gradients for {num_weights} variables from {rule}."
+            )
     if len(step.memory) != len(regularizer.memory):
         raise ValueError(
             "`Step.memory` must hold a new value for each variable of the regulariser's `memory`. "
             f"Received: {len(step.memory)} values for {len(regularizer.memory)} variables from "
-            f"{regularizer!r}."
+            f"{rule}."
         )
 
 

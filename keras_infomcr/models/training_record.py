@@ -1,5 +1,6 @@
 """What a regularised model keeps in its files beside its weights."""
 
+import warnings
 import weakref
 
 import keras
@@ -26,13 +27,13 @@ class TrainingRecord(keras.metrics.Metric):
     def __init__(self, model: keras.Model):
         super().__init__(name="training_record")
         self._model = weakref.ref(model)
-        self._memory: list[np.ndarray] = []
         self.reset()
 
     def reset(self):
-        """Forget the run; the memory is the regulariser's, which may go on."""
+        """Forget the run, and what a file has held of the memory."""
         self._peak = None
         self._loaded_at = None
+        self._rule, self._memory = None, []
 
     def recall_peak(self) -> float | None:
         """Return the peak of the run that the model is in, `None` if unknown."""
@@ -54,13 +55,15 @@ class TrainingRecord(keras.metrics.Metric):
         if not self._memory or not variables:
             return
         saved, self._memory = self._memory, []
-        if [v.shape for v in saved] != [tuple(v.shape) for v in variables]:
-            raise ValueError(
-                "A file must hold a memory of the regulariser that the model is compiled with. "
-                f"Received: arrays of shapes {[v.shape for v in saved]} for variables of shapes "
-                f"{[tuple(v.shape) for v in variables]}. Compile the model with the regulariser "
-                "that it was saved with."
+        shapes = [v.shape for v in saved], [tuple(v.shape) for v in variables]
+        if self._rule != _name_of(regularizer) or shapes[0] != shapes[1]:
+            warnings.warn(
+                "The file holds the memory of another regulariser, which begins anew. Received: a "
+                f"memory of {self._rule!r} with shapes {shapes[0]} for {regularizer!r} with shapes "
+                f"{shapes[1]}. Compile the model as it was saved to resume its run.",
+                stacklevel=2,
             )
+            return
         for variable, value in zip(variables, saved):
             variable.assign(value)
 
@@ -69,19 +72,49 @@ class TrainingRecord(keras.metrics.Metric):
             store["peak"] = self._peak
             store["iterations"] = self._iterations()
         regularizer = self._model().regularizer
-        for k, variable in enumerate(regularizer.memory if regularizer else ()):
-            store[f"memory_{k}"] = variable
+        rule, memory = self._rule, self._memory  # loaded, and not given to the rule yet
+        if regularizer and regularizer.memory and not memory:
+            rule, memory = _name_of(regularizer), regularizer.memory
+        if memory:
+            store["rule"] = np.frombuffer(rule.encode(), "uint8")
+        for k, array in enumerate(memory):
+            store[f"memory_{k}"] = array
 
     def load_own_variables(self, store):
         if "peak" in store.keys():
             self._peak = float(store["peak"][()])
             self._loaded_at = int(store["iterations"][()])
+        if "rule" in store.keys():
+            self._rule = bytes(np.array(store["rule"], "uint8")).decode()
         count = sum(name.startswith("memory_") for name in store.keys())
         self._memory = [np.array(store[f"memory_{k}"]) for k in range(count)]
         self.restore_memory()
 
     def _iterations(self):
         return int(to_float(self._model().optimizer.iterations))
+
+
+def _name_of(regularizer) -> str:
+    return keras.saving.get_registered_name(type(regularizer))
+
+
+class PeakOfOldFiles(keras.metrics.Metric):
+    """Reads the peak from files that were written when it was an attribute of the model.
+
+    Args:
+        record: The `TrainingRecord` of the model.
+    """
+
+    def __init__(self, record: TrainingRecord):
+        super().__init__(name="learning_rate_peak")
+        self._record = record
+
+    def save_own_variables(self, store):
+        """Write nothing: the record does."""
+
+    def load_own_variables(self, store):
+        if "peak" in store.keys():
+            self._record.load_own_variables(store)
 
 
 def training_record(model: keras.Model) -> TrainingRecord:

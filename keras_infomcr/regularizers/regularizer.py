@@ -62,7 +62,8 @@ class Regularizer(abc.ABC):
 
     Override where it is needed:
 
-    * `build(variables)`: make `memory`; refuse weights that do not fit.
+    * `build(variables)`: make `memory`, such as `[keras.Variable(ops.zeros(v.shape), dtype=v.dtype,
+      trainable=False) for v in variables]`; refuse weights that do not fit.
     * `replaces_main_pass(model)`: return `True` if the rule gives `Step.main`.
     * `check(model)`: raise or warn if the model, as compiled, does not fit.
     * `log_key`: the name of `Step.value` in the logs of `fit`.
@@ -76,7 +77,9 @@ class Regularizer(abc.ABC):
         strength: A `keras.Variable`. Assign a float to change its value.
         memory: List of `keras.Variable`s, not trainable, which the rule keeps from step to step.
             They are saved and resumed with the model, and are no weights of it: a plain
-            `keras.Model` loads the weight file. Defaults to none.
+            `keras.Model` loads the weight file. An instance that keeps a memory belongs to one
+            model. The memory also moves in a step that a `LossScaleOptimizer` skips. Defaults
+            to none.
         num_sub_batches: Integer, into how many sub-batches a batch should be cut; a run whose
             batches are all smaller is warned of. Defaults to 1.
         float32: Boolean, whether the objective is evaluated in float32 at least, whatever the
@@ -88,6 +91,10 @@ class Regularizer(abc.ABC):
     difference from the gradient at w is what the rule adds.
 
     ```python
+    import keras
+    from keras import ops
+    from keras_infomcr.regularizers import Regularizer, Step
+
     @keras.saving.register_keras_serializable("my_package")
     class Uphill(Regularizer):
         def __init__(self, rho=0.05, strength=1.0):
@@ -143,7 +150,8 @@ class Regularizer(abc.ABC):
     def build(self, variables: Sequence[keras.Variable]):  # noqa: B027 (most rules keep nothing)
         """Make `memory` for the trainable variables, or raise if these do not fit the rule.
 
-        Called before the first step, and again if the model's trainable variables have changed.
+        Called before the first step after each `compile`, and again if the model's trainable
+        variables have changed. A memory that a file holds is assigned afterwards.
         """
 
     def replaces_main_pass(self, model: keras.Model) -> bool:

@@ -174,3 +174,21 @@ def test_a_measured_model_is_saved_cloned_and_counted_as_before(data, tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     plain.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(plain.get_weights()[0], model.get_weights()[0])
+
+
+def test_compiling_without_a_loss_makes_anew():
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
+    model.compile("sgd")
+    first = compiled_for(model, "key", object)
+    assert compiled_for(model, "key", object) is first
+    model.compile("sgd")
+    assert compiled_for(model, "key", object) is not first
+
+
+def test_freezing_a_layer_without_weights_makes_anew():
+    """Batch normalisation takes its moving statistics then."""
+    layer = layers.BatchNormalization(center=False, scale=False)
+    model = recompiled(keras.Sequential([keras.Input((6,)), layers.Dense(NUM_CLASSES), layer]))
+    first = compiled_for(model, "key", object)
+    layer.trainable = False
+    assert compiled_for(model, "key", object) is not first

@@ -212,3 +212,35 @@ def test_a_callback_measures_a_model_with_a_step_of_its_own(data):
     trace = measure("hessian_trace", num_products=6, loss=cross_entropy())
     logs = model.fit(*data, callbacks=[FlatnessCallback(data, [trace])], verbose=0).history
     assert logs["hessian_trace"] == [pytest.approx(trace(model, *data).value, rel=1e-5)]
+
+
+def test_a_loss_that_cannot_be_hashed(rng):
+    class Squares:
+        __hash__ = None
+        calls = 0
+
+        def __call__(self, y_true, y_pred):
+            self.calls += 1
+            return ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
+    x, y = rng.normal(size=(8, 6)), rng.normal(size=(8, 2))
+    settings = {"num_products": 6, "seed": 0}
+    expected = hessian_trace(model, x, y, loss="mse", **settings)
+    loss = Squares()
+    found = [hessian_trace(model, x, y, loss=loss, **settings).value for _ in range(2)]
+    # Sums in another order in float32.
+    np.testing.assert_allclose(found, expected.value, rtol=1e-5)
+
+
+def test_a_function_with_the_name_of_one_of_keras_is_what_it_computes(rng):
+    def categorical_crossentropy(y_true, y_pred):
+        return keras.losses.categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    x, y = rng.normal(size=(8, 6)), np.eye(3)[rng.integers(0, 3, 8)]
+    settings = {"num_examples": 4, "num_trials": 2, "seed": 0}
+    with_logits = keras.losses.CategoricalCrossentropy(from_logits=True)
+    expected = flatness.fisher_trace(model, x, y, loss=with_logits, **settings)
+    found = flatness.fisher_trace(model, x, y, loss=categorical_crossentropy, **settings)
+    assert found.value == pytest.approx(expected.value, rel=1e-4)  # gradients in float32

@@ -20,7 +20,7 @@ from keras_infomcr.flatness import (
 
 MEASURES = {
     "radius": (hessian_spectral_radius, {}),
-    "eigenvalues": (hessian_top_eigenvalues, {"k": 3}),
+    "eigenvalues": (hessian_top_eigenvalues, {"num_eigenvalues": 3}),
     "hutchinson": (hessian_trace, {"method": "hutchinson"}),
     "hutch++": (hessian_trace, {}),
     "frobenius": (hessian_frobenius_norm, {}),

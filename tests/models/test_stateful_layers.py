@@ -23,8 +23,9 @@ class Net(RegularizedModel):
 def test_they_are_refused():
     inputs = keras.Input(batch_shape=(4, 3, 2))
     model = RegularizedModel(inputs, keras.layers.LSTM(2, stateful=True, name="lstm")(inputs))
+    model.compile("sgd", "mse")
     with pytest.raises(ValueError, match=MESSAGE):
-        model.compile("sgd", "mse")
+        model.fit(X, Y, batch_size=4, verbose=0)
 
 
 def test_they_are_refused_where_they_come_later():

@@ -82,9 +82,12 @@ def test_overflow_skips_the_step_as_in_plain_keras(rng):
 def test_half_precision_weights_are_refused():
     keras.config.set_dtype_policy("float16")
     model = gelu_network()
+    model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
+    before = model.get_weights()
     message = r"Weights must be float32 or float64.*Received: half-precision weights \['dense/kern"
     with pytest.raises(ValueError, match=message):
-        model.compile("sgd", "mse", regularizer=SubBatchPerturbation(num_sub_batches=2))
+        model.train_on_batch(np.ones((4, 12)), np.ones((4, 4)))
+    np.testing.assert_array_equal(flat(model.get_weights()), flat(before))
 
 
 def test_half_precision_weights_that_come_later_are_refused():

@@ -290,6 +290,7 @@ def test_the_example_of_the_base_class_is_sharpness_aware_minimisation(float64):
         ((0.0, None), TypeError, "must return a `Step`. Received: .* from Returning"),
         (Step(0.0, main=(0.0, [])), ValueError, "if, and only if, `replaces_main_pass`"),
         (Step(0.0, memory=[1.0]), ValueError, "Received: 1 values for 0 variables from Returning"),
+        (Step(0.0, gradient=[None] * 2), ValueError, "`Step.gradient`.*2 gradients for 1 variab"),
     ],
 )
 def test_what_breaks_the_contract_is_said(step, error, message):
@@ -307,14 +308,72 @@ def test_what_breaks_the_contract_is_said(step, error, message):
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
-def test_a_memory_of_another_rule_is_refused(tmp_path):
-    model = compiled(linear(), Anchored(), **EAGER)
+@keras.saving.register_keras_serializable("keras_infomcr_tests")
+class AnchoredElsewhere(Anchored):
+    """Another rule, whose memory has the same shapes."""
+
+
+def test_a_memory_of_another_rule_is_not_taken(tmp_path):
+    model, _ = fitted(compiled(linear(), Anchored(), **EAGER), 1)
     model.save_weights(tmp_path / "a.weights.h5")
-    other = compiled(network(), Anchored(), **EAGER)
-    shapes = [np.zeros((1, 1))]
-    other._training_record._memory = shapes
-    with pytest.raises(ValueError, match="Compile the model with the regulariser that it was"):
-        other._training_record.restore_memory()
+    other = compiled(linear(), AnchoredElsewhere(), **EAGER)
+    other.load_weights(tmp_path / "a.weights.h5")
+    with pytest.warns(UserWarning, match="holds the memory of another regulariser.*Anchored'"):
+        fitted(other, 1)
+    np.testing.assert_raises(
+        AssertionError,
+        np.testing.assert_array_equal,
+        *(numpy(m.regularizer.memory[0]) for m in (model, other)),
+    )
+
+
+def test_a_rule_with_a_memory_belongs_to_one_model():
+    rule = Anchored()
+    first, second = (compiled(linear(), rule, **EAGER) for _ in range(2))
+    first.train_on_batch(X, Y)
+    second.train_on_batch(X, Y)
+    with pytest.raises(ValueError, match=r"must belong to one model.*an instance of its own"):
+        first.train_on_batch(X, Y)
+
+
+def test_a_memory_loaded_and_saved_before_a_step_is_kept(tmp_path):
+    model, _ = fitted(compiled(linear(), Anchored(), **EAGER), 1)
+    for k in range(2):
+        model.save(tmp_path / f"{k}.keras")
+        model = keras.models.load_model(tmp_path / f"{k}.keras")
+    before, _ = fitted(model, 1)
+    whole, _ = fitted(compiled(linear(), Anchored(), **EAGER), 2)
+    np.testing.assert_array_equal(before.get_weights()[0], whole.get_weights()[0])
+
+
+def test_freezing_weights_without_compiling_makes_the_memory_anew():
+    inputs = keras.Input((3,))
+    first, last = keras.layers.Dense(3), keras.layers.Dense(2)
+    model = compiled(RegularizedModel(inputs, last(first(inputs))), Anchored())
+    model.train_on_batch(X, Y)
+    first.trainable = False
+    if BACKEND == "jax":
+        pytest.skip("Keras's optimizer on JAX asks to compile anew.")
+    for _ in range(2):
+        before = [numpy(v) for v in model.regularizer.memory]
+        model.train_on_batch(X, Y)
+    assert len(before) == 2
+    assert np.any(numpy(model.regularizer.memory[0]) != before[0])
+
+
+@only_on("tensorflow", reason="other frameworks make variables before a step, or in it")
+def test_an_unbuilt_model_under_xla_is_refused_where_a_memory_is_to_be_made():
+    class Net(RegularizedModel):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = compiled(Net(), Anchored(), jit_compile=True)
+    with pytest.raises(ValueError, match=r"must be built before.*Call the model on a batch"):
+        model.train_on_batch(X, Y)
 
 
 def test_precision_is_an_argument_of_the_rule():

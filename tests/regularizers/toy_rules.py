@@ -14,7 +14,7 @@ from keras_infomcr.regularizers import Regularizer, Step, SubBatchPerturbation
 
 @keras.saving.register_keras_serializable("keras_infomcr_tests")
 class Anchored(Regularizer):
-    """Pulls the weights to a mean of those of earlier steps, and makes the main pass itself."""
+    """Pulls the weights to a mean of where earlier steps led, and makes the main pass itself."""
 
     def __init__(self, strength=0.5, keep=0.75):
         super().__init__(strength)
@@ -34,7 +34,9 @@ class Anchored(Regularizer):
         main = objective.evaluate(weights, objective.state(), batch)
         pull = [w - m for w, m in zip(weights, memory)]
         value = sum(ops.sum(ops.square(p)) for p in pull) / 2
-        anchors = [self.keep * m + (1 - self.keep) * w for w, m in zip(weights, memory)]
+        # So that the memory depends on the batch, too: what replicas remember must be averaged.
+        ahead = [w - g for w, g in zip(weights, main.gradients)]
+        anchors = [self.keep * m + (1 - self.keep) * w for w, m in zip(ahead, memory)]
         return Step(value, pull, main, anchors)
 
     def get_config(self):
@@ -43,8 +45,9 @@ class Anchored(Regularizer):
 
 def anchored_oracle(rule, gradient, w, x, y, memory):
     memory = w if memory is None else memory
-    direction = gradient(w, x, y) + float(rule.strength) * (w - memory)
-    return direction, rule.keep * memory + (1 - rule.keep) * w
+    g = gradient(w, x, y)
+    direction = g + float(rule.strength) * (w - memory)
+    return direction, rule.keep * memory + (1 - rule.keep) * (w - g)
 
 
 def perturbation_oracle(rule, gradient, w, x, y, memory):

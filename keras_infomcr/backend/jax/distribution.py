@@ -34,6 +34,11 @@ def _local(array):
     return array if whole else array.addressable_data(0)
 
 
+def makes_variables_in_steps():
+    """Return `True`: Keras has built every model before a step."""
+    return True
+
+
 def variables_of(model):
     """Do nothing: Keras lays variables out by `keras.distribution`."""
     return contextlib.nullcontext()

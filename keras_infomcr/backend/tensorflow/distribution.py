@@ -26,6 +26,11 @@ def on_device(device, function: Callable, *args):
         return function(*tf.nest.map_structure(tf.identity, args))
 
 
+def makes_variables_in_steps():
+    """Return `False`: XLA cannot lift their making out of a step."""
+    return False
+
+
 def variables_of(model):
     """Return a context in which variables are made for the replicas of the model."""
     if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():

@@ -17,6 +17,11 @@ def on_device(device, function: Callable, *args):
     return function(*args)
 
 
+def makes_variables_in_steps():
+    """Return `True`: a step runs as it is written."""
+    return True
+
+
 def variables_of(model):
     """Do nothing: there is one replica."""
     return contextlib.nullcontext()

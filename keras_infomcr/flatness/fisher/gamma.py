@@ -54,7 +54,7 @@ def gamma(
     Regularization", ICML 2020, Eq. 7 (https://arxiv.org/abs/1911.08192).
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`, compiled with a loss unless `loss` is given.
         x: As for `gamma_hat`.
         y: As for `gamma_hat`.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.

@@ -94,7 +94,7 @@ def gamma_hat(
     reports half of this, with `training=True, chunk_size=10`.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`, compiled with a loss unless `loss` is given.
         x: Array or structure of arrays `[N, ...]`; or, without `y`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a torch `DataLoader` or another iterable of batches `(x, y)`,
             of which the first `num_examples * num_trials` examples are read.

@@ -54,7 +54,7 @@ def gamma_hat_by_layer(
     gamma-hat is large, the loss is sharp in its weights.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`, compiled with a loss unless `loss` is given.
         x: As for `gamma_hat`.
         y: As for `gamma_hat`.
         num_examples: Integer, at least 1. N', the examples of a trial. If it is at most the

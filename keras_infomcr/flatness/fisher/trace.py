@@ -35,9 +35,9 @@ def fisher_trace(
     Regularization", ICML 2020, Sec. 7.1 (https://arxiv.org/abs/1911.08192).
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`, compiled with a loss unless `loss` is given.
         x: As for `gamma_hat`.
-        y: As for `gamma_hat`. Labels count by their largest entry.
+        y: As for `gamma_hat`.
         num_examples: Integer, at least 1. N', the examples of a trial. Defaults to 100.
         num_trials: Integer, at least 1. T, the trials averaged. Defaults to 10.
         normalize_softmax: As for `gamma_hat`. Defaults to `False`.

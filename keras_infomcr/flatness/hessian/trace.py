@@ -74,8 +74,9 @@ def hessian_trace(
             structure of these like the outputs. With it a model can be measured that is not
             compiled, or whose `train_step` or `compute_loss` is its own: the loss is what
             `keras.Model` makes of `model.compile(loss=loss)`. Pass the same function again rather
-            than a new `lambda`, for which all is compiled anew. Defaults to `None`: the compiled
-            loss, by the model's `compute_loss`.
+            than a new `lambda`, for which all is compiled anew. Let it depend on its arguments
+            alone: another value that it reads is kept, on JAX, from the first measurement.
+            Defaults to `None`: the compiled loss, by the model's `compute_loss`.
         seed: Integer or `None`, of all draws. Defaults to new draws each time.
         verbose: 0 or 1. With 1, a progress bar counts the passes over the data. Defaults to 0.
 

@@ -29,7 +29,7 @@ class BatchLoss:
     model, and nothing depends on its weights: it can be kept while the model trains.
 
     Args:
-        model: A compiled and built `keras.Model`.
+        model: A built `keras.Model`.
         bearer: What bears the loss, as `resolved_loss` returns it.
         training: Boolean, as for the model's `call`.
 

@@ -5,6 +5,7 @@ grad l = -sigmoid(-m) grad m. The factor is taken out of the determinant: the ro
 their size where p_c rounds to 1 and grad l to 0.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,9 @@ def kind_of_loss(model: keras.Model, outputs: Any) -> tuple[Any, str | None]:
     losses = losses_of(model)
     single = len(losses) == 1 and len(keras.tree.flatten(outputs)) == 1
     loss = keras.losses.get(losses[0]) if single else None
-    name = _name(loss)
+    # A function of the user's may bear the name of one of Keras's.
+    of_user = inspect.isfunction(loss) and not loss.__module__.startswith("keras.")
+    name = "" if of_user else _name(loss)
     usual = getattr(loss, "axis", -1) == -1 and getattr(loss, "ignore_class", None) is None
     if usual and name in ("sparsecategoricalcrossentropy", "categoricalcrossentropy"):
         return loss, "categorical"

@@ -1,5 +1,6 @@
 """The loss of a model that is measured: the compiled loss, or one that is given in its place."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import keras
@@ -67,4 +68,17 @@ def _key(loss: Any) -> Any:
         return tuple((name, _key(loss[name])) for name in sorted(loss))
     if isinstance(loss, (list, tuple)):
         return tuple(map(_key, loss))
-    return loss
+    return loss if isinstance(loss, Hashable) else _ById(loss)
+
+
+class _ById:
+    """Stands for a loss object that cannot be hashed, such as one of a dataclass."""
+
+    def __init__(self, loss: Any):
+        self.loss = loss  # held, so that no other object gets its `id`
+
+    def __hash__(self) -> int:
+        return id(self.loss)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _ById) and other.loss is self.loss

@@ -66,6 +66,6 @@ class TrialSettings:
 
     @property
     def compiled_key(self) -> tuple:
-        """The settings that what is compiled depends on, as the draw of examples is not."""
+        """The settings on which the compiled functions depend; the seed of the draw is none."""
         scale = self.softmax_scale if self.normalize_softmax else None
         return self.num_examples, self.examples_together, self.training, scale

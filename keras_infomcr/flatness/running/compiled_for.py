@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_infomcr.keras_internals import compile_loss
+from keras_infomcr.keras_internals import all_layers, compile_loss, loss_tracker
 
 _ATTRIBUTE = "_keras_infomcr_compiled"
 
@@ -17,9 +17,10 @@ _MOST_KEPT = 32
 def compiled_for(model: keras.Model, key: Hashable, make: Callable[[], Any]) -> Any:
     """Return what `make()` returns, or what it has returned for an equal key and the same model.
 
-    What is kept is dropped when the model is compiled again, its list of trainable variables
-    changes, or it begins or ceases to run eagerly. What else of a layer changes, such as the rate
-    of a dropout, is not noticed, as Keras's own training step does not notice it: compile again.
+    What is kept is dropped when the model is compiled again, `trainable` of a layer changes, or
+    the model begins or ceases to run eagerly. Other changes of a layer, such as another dropout
+    rate, are not noticed, as Keras's own training step does not notice them: call `model.compile`
+    again.
 
     Args:
         model: A `keras.Model`.
@@ -28,10 +29,12 @@ def compiled_for(model: keras.Model, key: Hashable, make: Callable[[], Any]) -> 
             object can take their place.
         make: Function of no arguments. What it returns may hold the model.
     """
-    state = [*model.trainable_variables, compile_loss(model)]  # which `compile` makes anew
+    # `compile` makes the tracker anew, also without a loss.
+    state = [*model.trainable_variables, compile_loss(model), loss_tracker(model)]
+    flags = [model.run_eagerly, *(layer.trainable for layer in all_layers(model))]
     kept = model.__dict__.get(_ATTRIBUTE)
-    if kept is None or not kept.fits(state, model.run_eagerly):
-        kept = _Kept(state, model.run_eagerly)
+    if kept is None or not kept.fits(state, flags):
+        kept = _Kept(state, flags)
         # On the model itself, not in a dictionary of ours with weak keys: what is compiled holds
         # the model, so that such a dictionary would keep both alive. A circle with the model the
         # garbage collector frees. Past Keras's tracking, which would save and wrap it.
@@ -45,15 +48,15 @@ class _Kept:
     No dictionary, in which Keras would look for layers to save.
     """
 
-    def __init__(self, state: list, run_eagerly: bool):
+    def __init__(self, state: list, flags: list[bool]):
         self._state = state
-        self._run_eagerly = run_eagerly
+        self._flags = flags
         self._results = collections.OrderedDict()
 
-    def fits(self, state: list, run_eagerly: bool) -> bool:
+    def fits(self, state: list, flags: list[bool]) -> bool:
         """Return whether the model is as it was. Variables are compared by identity."""
         same = len(state) == len(self._state) and all(map(_is, state, self._state))
-        return same and run_eagerly == self._run_eagerly
+        return same and flags == self._flags
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what is kept by a key, made if need be; what was used longest ago makes room."""
