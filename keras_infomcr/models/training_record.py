@@ -107,14 +107,14 @@ class PeakOfOldFiles(keras.metrics.Metric):
 
     def __init__(self, record: TrainingRecord):
         super().__init__(name="learning_rate_peak")
-        self._record = record
+        self._record = weakref.ref(record)  # else Keras would save the record as a child of this
 
     def save_own_variables(self, store):
         """Write nothing: the record does."""
 
     def load_own_variables(self, store):
         if "peak" in store.keys():
-            self._record.load_own_variables(store)
+            self._record().load_own_variables(store)
 
 
 def training_record(model: keras.Model) -> TrainingRecord:

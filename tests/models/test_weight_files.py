@@ -1,5 +1,6 @@
 """Weight files can be exchanged with plain Keras, and training goes on from them."""
 
+import h5py
 import keras
 import pytest
 from frameworks import assert_array_equal
@@ -20,6 +21,7 @@ from models_to_save import (
 )
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.models.training_record import training_record
 
 PAIRS = {
     "functional": (lambda: keras.Model(*graph()), WAYS["functional"]),
@@ -119,3 +121,18 @@ def test_a_wrapped_model_keeps_the_state_of_a_compiled_original(tmp_path):
     assert int(optimizer.iterations) == 1
     assert not hasattr(original, "_training_record")
     assert int(model.optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("way", ["functional", "from subclass"])
+def test_files_in_which_the_peak_had_a_group_of_its_own(way, tmp_path):
+    """Such files were written when `learning_rate_peak` was an attribute of the model."""
+    path = tmp_path / "old.weights.h5"
+    model = train(compiled(WAYS[way]()))
+    training_record(model).update_peak(0.5)
+    model.save_weights(path)
+    with h5py.File(path, "a") as file:
+        del file["learning_rate_peak"]
+        file.move("_training_record", "learning_rate_peak")
+    resumed = train(compiled(WAYS[way]()))
+    resumed.load_weights(path)
+    assert training_record(resumed).recall_peak() == 0.5
