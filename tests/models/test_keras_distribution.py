@@ -136,7 +136,7 @@ def test_without_compilation(float64, distribution):
 
 @pytest.mark.parametrize("distribution", [data_parallel], indirect=True)
 def test_each_replica_takes_as_many_sub_batches(distribution, float64):
-    with pytest.warns(UserWarning, match="num_sub_batches=3 with .* makes 4 in all"):
+    with pytest.warns(UserWarning, match="`num_sub_batches=3` is not divisible by 4 .* 4 in total"):
         model, _ = train(distribution, num_sub_batches=3)
     expected, _ = train(num_sub_batches=4)
     assert_same(model, expected)
