@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 
 from keras_infomcr import backend, validation
+from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.core.sub_batch_averages import (
     Contribution,
     accumulate,
@@ -128,9 +129,13 @@ class SubBatchPerturbation(Regularizer):
         with_main = self.replaces_main_pass(model)
         sub_batches = objective.sub_batches(batch, _share(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
-        contribution = self._contribution(objective)
+        evaluate = backend.traced_once(objective.evaluate)  # once, however many places call it
+        contribution = self._contribution(objective, evaluate)
         if count < len(sub_batches):
-            contribution = self._of_subset(contribution, objective, count, len(sub_batches))
+            ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
+            of_others = evaluate if with_main else None
+            weights = objective.weights()
+            contribution = perturbing_subset(contribution, ranks, count, weights, of_others)
         state = objective.state()
         result = average(
             contribution,
@@ -149,22 +154,15 @@ class SubBatchPerturbation(Regularizer):
         predictions = joined(result.main.predictions, backend.batch_size(batch))
         return Step(result.value, result.gradient, result.main._replace(predictions=predictions))
 
-    def _contribution(self, objective: Objective) -> Callable[[int, list, Batch], Contribution]:
+    def _contribution(
+        self, objective: Objective, evaluate: Callable[..., Evaluation]
+    ) -> Callable[[int, list, Batch], Contribution]:
         """Return the function of a sub-batch, its number and the state that it starts from."""
         weights = objective.weights()
         if self.estimator == "finite_difference":
-            evaluate = backend.traced_once(objective.evaluate)
             return finite_difference(evaluate, weights, self.alpha)
         products = backend.traced_once(objective.evaluate_with_product)
         return hessian_vector_product(products, weights, self.alpha)
-
-    def _of_subset(self, contribution, objective, chosen, count):
-        """Return the same of `chosen` of the `count` sub-batches, drawn at random."""
-        model = objective.model
-        ranks = self._random_ranks(count, model.optimizer.iterations)
-        with_main = self.replaces_main_pass(model)
-        evaluate = backend.traced_once(objective.evaluate) if with_main else None
-        return perturbing_subset(contribution, ranks, chosen, objective.weights(), evaluate)
 
     def _random_ranks(self, count, step):
         return random_ranks(self._seed_generator, count, step)
