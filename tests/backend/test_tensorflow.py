@@ -37,10 +37,20 @@ def operations(num_sub_batches, **kwargs):
         # Predictions are taken out of the loop: an index, a shape, a read.
         ({"main_gradient": "sub_batches"}, 3),
         ({"main_gradient": "sub_batches", "num_perturbed": 2}, 3),
-        ({"main_gradient": "sub_batches", "estimator": "hessian_vector_product"}, 3),
+        pytest.param(
+            {"main_gradient": "sub_batches", "estimator": "hessian_vector_product"},
+            3,
+            marks=pytest.mark.slow,
+        ),
         ({"main_gradient": "full_batch"}, 0),
-        ({"main_gradient": "full_batch", "num_perturbed": 2}, 0),
-        ({"main_gradient": "full_batch", "estimator": "hessian_vector_product"}, 0),
+        pytest.param(
+            {"main_gradient": "full_batch", "num_perturbed": 2}, 0, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"main_gradient": "full_batch", "estimator": "hessian_vector_product"},
+            0,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

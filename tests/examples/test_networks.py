@@ -125,6 +125,7 @@ def squares(variables):
     return sum(np.sum(np.square(numpy(v), dtype="float64")) for v in variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "decay"),
     [
@@ -156,6 +157,7 @@ def test_no_penalty_without_l2():
     assert keras.Model(*resnet_20(l2=0.0)).losses == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "fan"),
     [

@@ -143,6 +143,7 @@ def test_defaults_are_the_papers():
 # ---------------------------------------------------------------- nothing is touched
 
 
+@pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 @pytest.mark.parametrize(("policy", "training"), [("float32", False), ("mixed_float16", True)])
 def test_model_and_seeds_are_untouched(data, training, policy):
     keras.config.set_dtype_policy(policy)

@@ -101,6 +101,7 @@ def test_measures_of_the_same_gradients_share_what_is_compiled(data):
         assert count == 0
 
 
+@pytest.mark.slow
 def test_what_is_compiled_follows_the_model(data):
     """Another loss, other trainable weights, other settings and another form of labels."""
     model = counting()

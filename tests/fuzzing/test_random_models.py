@@ -98,7 +98,7 @@ def test_every_loss_of_keras_is_listed():
 # One or two steps
 
 
-@pytest.mark.parametrize("seed", seeds((1, 8, 16, 20, 22, 23), range(len(NAMES))))
+@pytest.mark.parametrize("seed", seeds((1, 8), range(len(NAMES))))
 def test_step_is_algorithm_1_and_plain_keras_without_it(seed):
     assert_holds(check_step, Case.of(seed))
 
@@ -263,7 +263,7 @@ def same(ours, theirs, tolerance):
 # Measures
 
 
-@pytest.mark.parametrize("seed", seeds((1, 7, 8), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 8), range(15)))
 def test_gamma_hat_and_the_fisher_trace_are_of_the_gradients_of_single_examples(seed):
     assert_holds(check_gamma_hat, Case.of(seed))
 
@@ -316,7 +316,7 @@ def measured(case):
     return model
 
 
-@pytest.mark.parametrize("seed", seeds((1, 5, 8), range(15)))
+@pytest.mark.parametrize("seed", seeds((1, 8), range(15)))
 def test_hessian_vector_products_are_differences_of_gradients(seed):
     assert_holds(check_hessian, Case.of(seed))
 

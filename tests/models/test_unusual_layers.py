@@ -331,7 +331,7 @@ def quantized(policy):
     "measure",
     [
         lambda *data: flatness.gamma_hat(*data, num_examples=5, num_trials=4, seed=0),
-        lambda *data: flatness.hessian_trace(*data, seed=0),
+        pytest.param(lambda *data: flatness.hessian_trace(*data, seed=0), marks=pytest.mark.slow),
     ],
     ids=["gamma_hat", "hessian_trace"],
 )

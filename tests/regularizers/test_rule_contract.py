@@ -102,7 +102,9 @@ def test_the_minimum_of_a_quadratic_is_reached(name, float64):
 
 
 @with_rule
-@pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    "mode", [{}, pytest.param(EAGER, marks=pytest.mark.slow)], ids=["compiled", "eager"]
+)
 def test_zero_strength_is_plain_keras(name, mode):
     ours, logs = fitted(compiled(network(), RULES[name][0](0.0), metrics=["mae"], **mode))
     plain, expected = fitted(compiled(network(keras.Model), metrics=["mae"], **mode))
@@ -149,7 +151,13 @@ OPTIMIZERS = {
 
 
 @with_rule
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "accumulation",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("moving average", "clipping")),
+    ],
+)
 def test_optimizers_get_the_gradients_of_the_oracle(name, kind, float64):
     """The optimizer alone, fed with the oracle's directions, gives the same weights."""
     make, oracle = RULES[name]
@@ -187,7 +195,9 @@ def test_compiled_by_xla(name):
 
 
 @with_rule
-@pytest.mark.parametrize("kind", ["model.keras", "model.weights.h5"])
+@pytest.mark.parametrize(
+    "kind", ["model.keras", pytest.param("model.weights.h5", marks=pytest.mark.slow)]
+)
 def test_resumes_in_the_middle(name, kind, tmp_path):
     """Without dropout, whose seeds Keras does not keep in its files."""
 
