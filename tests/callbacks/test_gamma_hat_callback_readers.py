@@ -130,6 +130,7 @@ def test_infinite_value_is_logged_with_one_warning(data):
     assert "The data hold 19 copies of other examples among their 20" in str(caught[0].message)
 
 
+@pytest.mark.slow
 def test_diverged_training_is_logged_as_nan(data):
     model = classifier()
     model.layers[0].bias.assign([NAN] * NUM_CLASSES)

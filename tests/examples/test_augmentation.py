@@ -18,6 +18,8 @@ PIXELS = np.stack(
     [np.stack([ROWS, COLUMNS, np.full_like(ROWS, label)], axis=-1) for label in LABELS]
 ).astype("uint8")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["tf.data", "keras-cv"])
 def use_keras_cv(request):

@@ -31,6 +31,8 @@ MILLIONS = {
 # A unit of batch normalisation that has seen no data divides by the root of 1 + epsilon.
 FRESH = np.sqrt(1 + 1e-5)
 
+pytestmark = pytest.mark.slow
+
 
 def weight_count(network):
     return sum(np.prod(v.shape) for v in keras.Model(*network()).trainable_variables)
@@ -125,7 +127,6 @@ def squares(variables):
     return sum(np.sum(np.square(numpy(v), dtype="float64")) for v in variables)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "decay"),
     [
@@ -157,7 +158,6 @@ def test_no_penalty_without_l2():
     assert keras.Model(*resnet_20(l2=0.0)).losses == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "fan"),
     [
@@ -193,7 +193,6 @@ def test_logits_have_the_precision_of_the_weights_under_mixed_policies():
     assert keras.backend.standardize_dtype(model(array(np.zeros((1, 8, 8, 3)))).dtype) == "float32"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain-cnn", "resnet-20", "wrn-28-2", "wrn-28-2-infomcr"])
 def test_networks_learn_and_reload(name, tmp_path, rng):
     model = RegularizedModel(*NETWORKS[name]((8, 8, 3), 4))
