@@ -249,4 +249,4 @@ def assert_allclose(actual, desired, **kwargs):
 
 def tensorflow():
     """Return TensorFlow, for its data sets, which Keras takes on every backend."""
-    return pytest.importorskip("tensorflow")
+    return pytest.importorskip("tensorflow", reason="TensorFlow is not installed")

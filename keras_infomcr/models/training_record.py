@@ -56,10 +56,11 @@ class TrainingRecord(keras.metrics.Metric):
             return
         saved, self._memory = self._memory, []
         shapes = [v.shape for v in saved], [tuple(v.shape) for v in variables]
-        if self._rule != _name_of(regularizer) or shapes[0] != shapes[1]:
+        name = _name_of(regularizer)
+        if self._rule != name or shapes[0] != shapes[1]:
             warnings.warn(
                 "The file holds the memory of another regulariser, which begins anew. Received: a "
-                f"memory of {self._rule!r} with shapes {shapes[0]} for {regularizer!r} with shapes "
+                f"memory of {self._rule!r} with shapes {shapes[0]} for {name!r} with shapes "
                 f"{shapes[1]}. Compile the model as it was saved to resume its run.",
                 stacklevel=2,
             )

@@ -160,7 +160,7 @@ def test_regularized_models_nested_as_layers():
 
 @only_on("tensorflow", "jax", reason="Keras has no sparse tensors on torch.")
 def test_sparse_inputs():
-    tf = pytest.importorskip("tensorflow")
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
     def build(base):
         inputs = keras.Input((4,), sparse=True)

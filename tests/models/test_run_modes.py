@@ -38,7 +38,7 @@ def test_train_on_batch(main, eagerly):
 
 
 def test_batches_of_known_size():
-    tf = pytest.importorskip("tensorflow")
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
     dataset = tf.data.Dataset.from_tensor_slices((X, Y, WEIGHTS)).batch(5, drop_remainder=True)
     check_training(two_layers, fitting(dataset, None, batch_size=None), compiling(), "auto")
 
