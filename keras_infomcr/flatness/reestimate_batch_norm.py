@@ -94,7 +94,7 @@ class _WithoutLabels:
     def __iter__(self) -> Iterator[tuple]:
         batches = self._batches
         if isinstance(batches, keras.utils.PyDataset):
-            batches = (batches[i] for i in range(batches.num_batches))
+            batches = (self._batches[i] for i in range(batches.num_batches))
         for batch in batches:
             x = keras.utils.unpack_x_y_sample_weight(batch)[0]
             shape = keras.tree.flatten(x)[0].shape
