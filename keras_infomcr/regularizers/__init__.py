@@ -5,10 +5,11 @@ import keras
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
+from keras_infomcr.regularizers.weight_noise import WeightNoise
 
-__all__ = ["Evaluation", "Regularizer", "Step", "SubBatchPerturbation", "get"]
+__all__ = ["Evaluation", "Regularizer", "Step", "SubBatchPerturbation", "WeightNoise", "get"]
 
-_BY_NAME = {"sub_batch_perturbation": SubBatchPerturbation}
+_BY_NAME = {"sub_batch_perturbation": SubBatchPerturbation, "weight_noise": WeightNoise}
 
 
 def get(identifier):
