@@ -135,8 +135,7 @@ def test_quiet_by_default(capsys):
     [(SubBatchPerturbation, "beta"), (WeightNoise, "std"), (WeightNoise, "strength")],
 )
 def test_another_name_of_a_live_parameter(rule, parameter, capsys):
-    model = compiled(regularizer=rule())
-    model.regularizer.num_sub_batches = 2
+    model = compiled(regularizer=rule(num_sub_batches=2) if parameter == "beta" else rule())
     schedule = RegularizationSchedule(lambda epoch: 0.5 + epoch, parameter, verbose=1)
     assert fit(model, schedule, epochs=2) == [0.5, 0.5, 1.5, 1.5]
     assert f"Epoch 2: {parameter} of the regulariser is 1.5.\n" in capsys.readouterr().out
