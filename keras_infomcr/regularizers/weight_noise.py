@@ -9,9 +9,10 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_infomcr import backend, validation
-from keras_infomcr.objective import Batch, Objective, float8_scales
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
+from keras_infomcr.regularizers.weights import refuse_float8
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -105,13 +106,7 @@ class WeightNoise(Regularizer):
 
     def build(self, variables: Sequence[keras.Variable]):
         """Make the seed and the count of draws, which a resumed run goes on from."""
-        scales = float8_scales(variables)
-        if scales:
-            raise ValueError(
-                "Layers must not be quantised to float8, whose scales bear no noise. "
-                f"Received: float8 scales {scales}. Train with another dtype policy, or with "
-                "`compile(regularizer=None)`."
-            )
+        refuse_float8(variables)
         dtype = self._generator.state.dtype
         start = np.array([self._mixed_seed, 0], dtype)
         self.memory = [keras.Variable(start, dtype=dtype, trainable=False, name="noise_seed")]
@@ -129,7 +124,7 @@ class WeightNoise(Regularizer):
         """Return the evaluation at w + n, with ||n|| / ||w||."""
         weights = objective.weights()
         (seed,) = memory
-        draws, next_seed = self._standard_normals(weights, seed, _replica_index(objective))
+        draws, next_seed = self._standard_normals(weights, seed, objective.replica_index())
         scale = self._scale(objective.model.optimizer.iterations)
         noise = [times(scale, z) * self._norms(w) for w, z in zip(weights, draws)]
         noisy = [w + ops.cast(n, w.dtype) for w, n in zip(weights, noise)]
@@ -195,7 +190,3 @@ def _norm(arrays):
     """Return the Euclidean norm of all entries."""
     squares = [ops.sum(ops.square(ops.cast(a, _at_least_float32(a)))) for a in arrays]
     return ops.sqrt(sum(ops.cast(s, backend.widest_float()) for s in squares))
-
-
-def _replica_index(objective):
-    return getattr(objective, "replica_index", lambda: 0)()
