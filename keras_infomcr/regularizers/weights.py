@@ -27,7 +27,7 @@ def refuse_float8(variables: Sequence[keras.Variable]):
 
 
 def norm(arrays: Sequence) -> Any:
-    """Return the Euclidean norm of all numbers of arrays, `None` being none, in float32 at least."""
+    """Return the Euclidean norm of all numbers of a list of arrays and `None`."""
     total = ops.zeros((), backend.widest_float())
     for array in arrays:
         if array is not None:
