@@ -8,11 +8,12 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_infomcr import backend, validation
+from keras_infomcr import validation
 from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
-from keras_infomcr.regularizers.weights import refuse_float8
+from keras_infomcr.regularizers.weights import at_least_float32, norm, refuse_float8
+from keras_infomcr.regularizers.whole_batches import refuse_rewritten
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -129,13 +130,8 @@ class WeightNoise(Regularizer):
         noise = [times(scale, z) * self._norms(w) for w, z in zip(weights, draws)]
         noisy = [w + ops.cast(n, w.dtype) for w, n in zip(weights, noise)]
         main = objective.evaluate(noisy, objective.state(), batch)
-        if objective.rewritten:
-            raise ValueError(
-                "Layers must not assign their own trainable weights when they are called, for they "
-                f"are called at weights with noise. Received: {sorted(objective.rewritten)}. Train "
-                "with another regulariser, or with `compile(regularizer=None)`."
-            )
-        return Step(ops.divide_no_nan(_norm(noise), _norm(weights)), main=main, memory=[next_seed])
+        refuse_rewritten(objective, "a WeightNoise", "Compile with `regularizer=None`.")
+        return Step(ops.divide_no_nan(norm(noise), norm(weights)), main=main, memory=[next_seed])
 
     def _standard_normals(self, weights: list, seed, replica):
         """Return standard normal draws like the weights, and the seed of the next step.
@@ -147,7 +143,7 @@ class WeightNoise(Regularizer):
         apart = ops.stack([ops.cast(n, state.dtype) for n in (replica * 1_000_003, 0)])
         with keras.StatelessScope([(state, seed + apart)]) as scope:
             draws = [
-                keras.random.normal(ops.shape(w), dtype=_at_least_float32(w), seed=self._generator)
+                keras.random.normal(ops.shape(w), dtype=at_least_float32(w), seed=self._generator)
                 for w in weights
             ]
             moved = scope.get_current_value(state)
@@ -160,7 +156,7 @@ class WeightNoise(Regularizer):
 
     def _norms(self, weight):
         """Return the norms of the filters of a weight, which broadcast against it."""
-        weight = ops.cast(weight, _at_least_float32(weight))
+        weight = ops.cast(weight, at_least_float32(weight))
         filters = self.per_filter and len(weight.shape) > 1
         axes = tuple(range(len(weight.shape) - 1)) if filters else None
         return ops.sqrt(ops.sum(ops.square(weight), axes, keepdims=True))
@@ -179,14 +175,3 @@ class WeightNoise(Regularizer):
         """Make a rule from what `get_config` returned."""
         growth = keras.saving.deserialize_keras_object(config.get("growth"))
         return cls(**config | {"growth": growth})
-
-
-def _at_least_float32(array) -> str:
-    """Return the type in which squares of an array's entries do not vanish."""
-    return keras.backend.result_type(array.dtype, "float32")
-
-
-def _norm(arrays):
-    """Return the Euclidean norm of all entries."""
-    squares = [ops.sum(ops.square(ops.cast(a, _at_least_float32(a)))) for a in arrays]
-    return ops.sqrt(sum(ops.cast(s, backend.widest_float()) for s in squares))
