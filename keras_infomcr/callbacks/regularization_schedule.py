@@ -60,7 +60,7 @@ class RegularizationSchedule(RegularizedModelCallback):
 
     def on_train_begin(self, logs=None):
         rule = self.model.regularizer
-        names = rule.live_names
+        names = _live_names(rule)
         if self.parameter not in names:
             raise ValueError(
                 "`parameter` must be a live hyper-parameter of the regulariser. Received: "
@@ -85,3 +85,8 @@ class RegularizationSchedule(RegularizedModelCallback):
 
     def _set(self, value):
         setattr(self.model.regularizer, self.parameter, value)
+
+
+def _live_names(rule) -> list[str]:
+    names = (n for n in dir(type(rule)) if not n.startswith("_"))
+    return [n for n in names if isinstance(getattr(rule, n), keras.Variable)]

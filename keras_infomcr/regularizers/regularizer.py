@@ -11,7 +11,7 @@ import keras
 from keras_infomcr import validation
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.objective import Batch, Objective
-from keras_infomcr.regularizers.live import Live, live_names
+from keras_infomcr.regularizers.live import Live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +141,6 @@ class Regularizer(abc.ABC):
     def live_variables(self) -> list[keras.Variable]:
         """The variables of all live hyper-parameters, which a compiled step reads."""
         return list(self.__dict__["_live"].values())
-
-    @property
-    def live_names(self) -> list[str]:
-        """All names of the live hyper-parameters."""
-        return live_names(type(self))
 
     @property
     def log_key(self) -> str:

@@ -8,6 +8,7 @@ from keras import layers
 from keras.optimizers import schedules
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.objective import Objective
 from keras_infomcr.regularizers import WeightNoise
 
 EAGER = {} if BACKEND == "jax" else {"run_eagerly": True}
@@ -133,6 +134,7 @@ def test_weights_of_zero_have_no_noise():
 
 
 @only_on("tensorflow", reason="`MirroredStrategy` is TensorFlow's")
+@pytest.mark.skipif(not hasattr(Objective, "replica_index"), reason="The objective numbers none.")
 def test_replicas_draw_apart_and_their_steps_are_averaged(mirrored, float64):
     """Two shares of equal examples: without noise of their own the replicas would agree."""
     rule, mean, shares = WeightNoise(0.2, seed=7), 0.0, []
