@@ -60,6 +60,9 @@ no use for.
 * `num_parallel_steps(model)`: how many steps run side by side on shares of a batch, each on its
   loss divided by that number, so that the optimizer can add up their gradients.
 * `mean_over_steps(array)`: the mean of an array over these steps.
+* `mean_over_replicas(arrays)`: the means of a list of arrays over the replicas, on each of them, in
+  a function that `over_replicas` calls.
+* `replica_index()`: there, the number of the replica, an integer or a scalar array.
 * `over_replicas(function)`: `f(batch) -> means, predictions` of such a function. Where one step is
   for several replicas, the function is called on each replica's share of the batch; its
   floating-point means are averaged over the replicas, and its predictions are concatenated.
@@ -133,6 +136,8 @@ variables_of = _distribution.variables_of
 num_replicas = _distribution.num_replicas
 num_parallel_steps = _distribution.num_parallel_steps
 mean_over_steps = _distribution.mean_over_steps
+mean_over_replicas = _distribution.mean_over_replicas
+replica_index = _distribution.replica_index
 over_replicas = _distribution.over_replicas
 is_chief = _distribution.is_chief
 wait_for_workers = _distribution.wait_for_workers

@@ -25,6 +25,29 @@ class Contribution:
     main: Evaluation | None = None
 
 
+def paired_evaluations(
+    evaluate: Callable[..., Evaluation],
+    weights: list,
+    moved: Callable[[list], list],
+    state: list,
+    batch: Any,
+) -> tuple[Evaluation, Evaluation]:
+    """Return the evaluations of a batch at w and at the weights that its gradient leads to.
+
+    Both start from the same state, so that they see the same dropout masks.
+
+    Args:
+        evaluate: Function `(weights, state, batch) -> Evaluation`.
+        weights: List of arrays, w.
+        moved: Function of the gradients at w that returns the other weights.
+        state: List of arrays.
+        batch: The batch.
+    """
+    with host_generators_kept():  # so that the second evaluation draws what the first has drawn
+        here = evaluate(weights, state, batch)
+    return here, evaluate(moved(here.gradients), state, batch)
+
+
 def finite_difference(
     evaluate: Callable[..., Evaluation], weights: list, alpha: float
 ) -> Callable[[int, list, Any], Contribution]:
@@ -45,11 +68,11 @@ def finite_difference(
         the same state.
     """
 
+    def moved(gradients):
+        return [w if g is None else w - alpha * g for w, g in zip(weights, gradients)]
+
     def contribution(i, state, batch):
-        with host_generators_kept():  # so that the second evaluation draws what the first has drawn
-            here = evaluate(weights, state, batch)
-        moved = [w if g is None else w - alpha * g for w, g in zip(weights, here.gradients)]
-        there = evaluate(moved, state, batch)
+        here, there = paired_evaluations(evaluate, weights, moved, state, batch)
         pairs = zip(here.gradients, there.gradients)
         difference = [None if g is None or h is None else g - h for g, h in pairs]
         return Contribution(here.loss - there.loss, difference, here)

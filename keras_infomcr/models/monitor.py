@@ -4,29 +4,33 @@ import math
 import warnings
 
 import keras
+from keras import ops
 
 from keras_infomcr.regularizers import Regularizer
 from keras_infomcr.scalars import to_float
 
 
 class RegularizerMonitor:
-    """Keeps the mean over an epoch of a regulariser's value.
+    """Keeps the mean over an epoch of a regulariser's value, and of the norm of what it adds.
 
     Not a `keras.metrics.Metric` on the model: those are returned by `evaluate` and
     `train_on_batch`, which return what a plain `keras.Model` returns.
 
     Args:
         regularizer: The `Regularizer`.
+        norms: Boolean, whether the norm of what it adds to the gradient is asked for, too.
 
     Attributes:
         key: String, the name of the value in the logs.
         awaited: Boolean, whether a step of the epoch was taken with the gate open.
     """
 
-    def __init__(self, regularizer: Regularizer):
+    def __init__(self, regularizer: Regularizer, norms: bool = False):
+        self.norms = norms
         self.key = regularizer.log_key
         self.num_sub_batches = regularizer.num_sub_batches
         self.mean = keras.metrics.Mean(name=self.key)
+        self.relative_norm = keras.metrics.Mean(name=f"{self.key}_relative_norm")
         self.full_batches = keras.metrics.Sum(name="full_batches")
         self.awaited = False
         self._warned = set()
@@ -45,15 +49,37 @@ class RegularizerMonitor:
             is_full = 1.0 if is_full else 0.0
         self.full_batches.update_state(is_full)
 
+    def update_norm(self, relative_norm, batch_size):
+        """Take in the norm of what the rule adds, in norms of the training gradient.
+
+        A step that a `LossScaleOptimizer` skips for its overflow does not count.
+        """
+        finite = ops.isfinite(relative_norm)
+        value = ops.where(finite, relative_norm, 0.0)
+        self.relative_norm.update_state(value, sample_weight=ops.where(finite, batch_size, 0))
+
+    @property
+    def metrics(self):
+        return [self.mean, self.relative_norm, self.full_batches]
+
     @property
     def variables(self):
-        return [*self.mean.variables, *self.full_batches.variables]
+        return [v for metric in self.metrics for v in metric.variables]
+
+    def logs(self):
+        """Return what the logs of an epoch hold."""
+        logs = {self.key: self.result()}
+        if self.norms:
+            acted = to_float(self.relative_norm.count)
+            norm = to_float(self.relative_norm.result()) if acted else math.nan
+            logs[self.relative_norm.name] = norm
+        return logs
 
     def reset(self):
         """Begin an epoch."""
         self.awaited = False
-        self.mean.reset_state()
-        self.full_batches.reset_state()
+        for metric in self.metrics:
+            metric.reset_state()
 
     def result(self):
         """Return the mean since the epoch began, NaN if the regulariser never acted."""
@@ -102,6 +128,6 @@ class LogRegularizer(keras.callbacks.Callback):
         self.monitor.reset()
 
     def on_epoch_end(self, epoch, logs=None):
-        value = self.monitor.result()
+        found = self.monitor.logs()
         if logs is not None:
-            logs[self.monitor.key] = value
+            logs.update(found)

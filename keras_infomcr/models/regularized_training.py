@@ -39,13 +39,23 @@ class RegularizedTraining(backend.Trainer):
         object.__setattr__(model, "learning_rate_peak", PeakOfOldFiles(record))
         return model
 
-    def compile(self, *args, regularizer="sub_batch_perturbation", **kwargs):
+    def compile(
+        self,
+        *args,
+        regularizer="sub_batch_perturbation",
+        log_regularizer_norm=False,
+        **kwargs,
+    ):
         """Configure the model for training.
 
         Args:
             *args: As for `keras.Model.compile`.
             regularizer: A `keras_infomcr.regularizers.Regularizer`, its name, or `None` for plain
                 Keras. Defaults to `"sub_batch_perturbation"`: `SubBatchPerturbation()`.
+            log_regularizer_norm: Boolean, whether the logs of `fit` also hold the norm of what the
+                regulariser adds to the training gradient, relative to the norm of that gradient:
+                under `<name of its value>_relative_norm`, the mean over the steps of the epoch, NaN
+                while the gate is closed. It costs a pass over the weights. Defaults to `False`.
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
@@ -58,10 +68,11 @@ class RegularizedTraining(backend.Trainer):
                 "`RegularizedModel.from_model(model)`, or as a subclass with `call`."
             )
         regularizer = regularizers.get(regularizer)
+        validation.boolean(log_regularizer_norm=log_regularizer_norm)
         super().compile(*args, **kwargs)
         if regularizer is not None:
             regularizer.check(self)
-            self._monitor = RegularizerMonitor(regularizer)
+            self._monitor = RegularizerMonitor(regularizer, bool(log_regularizer_norm))
         self._regularizer = regularizer
         self._built_for = None
         self._other_train_function = None
@@ -198,7 +209,7 @@ class RegularizedTraining(backend.Trainer):
         if self._regularizer is None:
             return []
         rule = self._regularizer
-        return [*self._monitor.variables, rule.strength, *rule.memory]
+        return [*self._monitor.variables, *rule.live_variables, *rule.memory]
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -206,6 +217,7 @@ class RegularizedTraining(backend.Trainer):
             # Inside the optimizer's entry, where Keras ignores it: `keras.models.clone_model`
             # hands this to plain models too, whose `compile` would refuse another argument.
             config["optimizer"]["keras_infomcr"] = {
+                "log_regularizer_norm": self._regularizer is not None and self._monitor.norms,
                 "regularizer": keras.saving.serialize_keras_object(self._regularizer),
                 "regularizer_active": self.regularizer_active,
             }
@@ -222,8 +234,8 @@ class RegularizedTraining(backend.Trainer):
                 k: v for k, v in config["optimizer"].items() if k != "keras_infomcr"
             }
         config = keras.saving.deserialize_keras_object(config)
-        regularizer = {"regularizer": ours["regularizer"]} if ours else {}
-        self.compile(**config, **regularizer)
+        names = ("regularizer", "log_regularizer_norm")
+        self.compile(**config, **{name: ours[name] for name in names if name in ours})
         self.regularizer_active = ours.get("regularizer_active", True)
         # So that its state can be loaded next.
         if self.optimizer is not None and self.built:

@@ -51,31 +51,41 @@ def train_step(
 
     def on_replica(batch):
         step = regularizer(objective, batch, [ops.copy(v) for v in regularizer.memory])
-        _check_step(regularizer, step, replaces_main_pass, len(model.trainable_variables))
-        factor = unit * ops.cast(regularizer.strength, backend.widest_float())
-        terms = _scaled(factor, step.gradient or [None] * len(model.trainable_variables))
+        num_weights = len(model.trainable_variables)
+        _check_step(regularizer, step, replaces_main_pass, num_weights, monitor.norms)
+        strength = ops.cast(regularizer.strength, backend.widest_float())
+        terms = step.gradient or step.instead or [None] * num_weights
+        terms = _scaled(unit * strength, terms)
         if step.main is None:
             return (step.value, terms, list(step.memory)), None
-        terms = _added(_scaled(unit, step.main.gradients), terms)
+        share = 1 if step.instead is None else 1 - strength
+        followed = _added(_scaled(unit * share, step.main.gradients), terms)
         state = step.main.state or [None] * len(objective.state())
-        means = step.value, terms, list(step.memory), step.main.loss, state
+        training = _scaled(unit, step.main.gradients) if monitor.norms else []
+        means = step.value, followed, list(step.memory), training, step.main.loss, state
         return means, step.main.predictions
 
     means, predictions = backend.over_replicas(on_replica)(batch)
     value, terms, memory, *main_pass = means
-    monitor.update(value, backend.batch_size(batch), num_parallel_steps)
+    batch_size = backend.batch_size(batch)
+    monitor.update(value, batch_size, num_parallel_steps)
     for variable, new in zip(regularizer.memory, memory):
         of_floats = "float" in keras.backend.standardize_dtype(variable.dtype)
         # So that all replicas remember the same, and a file holds what they all go on from.
         variable.assign(backend.mean_over_steps(new) if of_floats else new)
     if replaces_main_pass:
-        y_pred = predictions
+        y_pred, (training, *main_pass) = predictions, main_pass
         penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
         penalties = _scaled(unit, penalty_gradients)
+        added = [None if t is None else _add(t, -g) for t, g in zip(terms, training)]
+        training = [p if g is None else _add(g, p) for p, g in zip(penalties, training)]
         gradients = [p if t is None else _add(t, p) for p, t in zip(penalties, terms)]
     else:
         _check_reached(objective, gradients)
+        added, training = terms, gradients
         gradients = _added(gradients, terms)
+    if monitor.norms:
+        monitor.update_norm(_norm(added) / _norm(training), batch_size)
     model._apply_gradients(gradients)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -94,7 +104,7 @@ def refuse_stateful_layers(model: keras.Model):
         )
 
 
-def _check_step(regularizer, step, replaces_main_pass, num_weights):
+def _check_step(regularizer, step, replaces_main_pass, num_weights, norms):
     """Refuse what breaks the contract of `Regularizer`, and would fail far from its cause."""
     rule = type(regularizer).__name__  # while tracing, its configuration cannot be read
     if not isinstance(step, Step):
@@ -108,8 +118,20 @@ def _check_step(regularizer, step, replaces_main_pass, num_weights):
             f"Received: main={step.main!r} and replaces_main_pass={replaces_main_pass} from "
             f"{rule}."
         )
+    if step.instead is not None and (step.main is None or step.gradient is not None):
+        raise ValueError(
+            "`Step.instead` must be given with `Step.main`, and without `Step.gradient`. Received: "
+            f"main={step.main!r} and gradient={step.gradient!r} from {rule}."
+        )
+    if norms and step.main is not None and step.gradient is None and step.instead is None:
+        raise ValueError(
+            "`log_regularizer_norm=True` needs a rule that evaluates the training gradient. "
+            f"Received: {rule}, which evaluates another gradient alone. Compile with "
+            "`log_regularizer_norm=False`."
+        )
     for name, gradients in (
         ("Step.gradient", step.gradient),
+        ("Step.instead", step.instead),
         ("Step.main.gradients", step.main and step.main.gradients),
     ):
         if gradients is not None and len(gradients) != num_weights:
@@ -187,6 +209,13 @@ def _gradient_unit(optimizer, num_parallel_steps):
     """
     one = ops.cast(optimizer.scale_loss(ops.ones(())), backend.widest_float())
     return one / num_parallel_steps
+
+
+def _norm(gradients):
+    """Return the Euclidean norm of the mean over the parallel steps."""
+    dense = [ops.convert_to_tensor(g, sparse=False) for g in gradients if g is not None]
+    means = [ops.cast(backend.mean_over_steps(g), backend.widest_float()) for g in dense]
+    return ops.sqrt(sum(ops.sum(ops.square(g)) for g in means))
 
 
 def _scaled(factor, gradients):

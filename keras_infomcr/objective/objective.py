@@ -72,11 +72,29 @@ class Objective:
 
     def evaluate(self, weights: list, state: list, batch: Batch) -> Evaluation:
         """Return the loss, its gradients, the predictions and the new state."""
-        (loss, (predictions, new_state)), gradients = backend.value_and_grad(self)(
+        (_, (loss, predictions, new_state)), gradients = backend.value_and_grad(self._scaled)(
             weights, state, batch
         )
+        if self._has_scale:
+            scale = self.model.optimizer.scale_loss(keras.ops.ones(()))
+            gradients = [
+                None if g is None else g / keras.ops.cast(scale, g.dtype) for g in gradients
+            ]
         self._note(gradients)
         return Evaluation(loss, gradients, predictions, new_state)
+
+    def _scaled(self, weights, state, batch):
+        """Return the loss times the optimizer's scale, lest gradients vanish in half precision."""
+        loss, (predictions, new_state) = self(weights, state, batch)
+        scaled = self.model.optimizer.scale_loss(loss) if self._has_scale else loss
+        return scaled, (loss, predictions, new_state)
+
+    @property
+    def _has_scale(self):
+        optimizer = None if self._float32 else self.model.optimizer
+        return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or bool(
+            getattr(optimizer, "loss_scale_factor", None)
+        )
 
     def evaluate_with_product(self, weights: list, state: list, batch: Batch) -> tuple:
         """Return the same, the Hessian times the gradient g, and ||g||^2."""
@@ -123,6 +141,17 @@ class Objective:
             backend.modules_at_variables(model),
         ):
             yield lambda x: backend.forward(model, x, **kwargs), scope
+
+    def mean_over_replicas(self, arrays: list) -> list:
+        """Return the means over the replicas of a list of arrays and `None`, in a rule."""
+        known = [k for k, array in enumerate(arrays) if array is not None]
+        means = backend.mean_over_replicas([arrays[k] for k in known])
+        found = dict(zip(known, means))
+        return [found.get(k) for k in range(len(arrays))]
+
+    def replica_index(self) -> Any:
+        """Return the number of the replica that a rule runs on, an integer or a scalar array."""
+        return backend.replica_index()
 
     def _note(self, gradients):
         found = {k for k, gradient in enumerate(gradients) if gradient is not None}

@@ -4,11 +4,15 @@ import keras
 
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
+from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
 
-__all__ = ["Evaluation", "Regularizer", "Step", "SubBatchPerturbation", "get"]
+__all__ = ["Evaluation", "Regularizer", "SharpnessAware", "Step", "SubBatchPerturbation", "get"]
 
-_BY_NAME = {"sub_batch_perturbation": SubBatchPerturbation}
+_BY_NAME = {
+    "sharpness_aware": SharpnessAware,
+    "sub_batch_perturbation": SubBatchPerturbation,
+}
 
 
 def get(identifier):

@@ -2,8 +2,12 @@
 
 import keras
 
-from keras_infomcr.objective import is_mean_over_examples
 from keras_infomcr.regularizers import coupling
+from keras_infomcr.regularizers.whole_batches import refuse_if_uncuttable
+
+# How errors name what was asked for, and what to do.
+SUB_BATCHES = 'main_gradient="sub_batches"'
+FULL_BATCH = 'Use `main_gradient="full_batch"`.'
 
 
 def is_mean_of_sub_batches(main_gradient: str, model: keras.Model) -> bool:
@@ -20,15 +24,5 @@ def is_mean_of_sub_batches(main_gradient: str, model: keras.Model) -> bool:
         return coupling.couples_no_examples(model)
     if main_gradient == "full_batch":
         return False
-    if not is_mean_over_examples(model):
-        raise ValueError(
-            "The loss must be a mean over the examples where the training gradient is the "
-            'mean over sub-batches. Received: main_gradient="sub_batches" and '
-            f'loss={model.loss!r}. Use `main_gradient="full_batch"`.'
-        )
-    if coupling.has_state_of_its_own(model):
-        raise ValueError(
-            "Torch modules with buffers, such as batch normalisation, must see whole batches. "
-            'Received: main_gradient="sub_batches". Use `main_gradient="full_batch"`.'
-        )
+    refuse_if_uncuttable(model, SUB_BATCHES, FULL_BATCH)
     return True

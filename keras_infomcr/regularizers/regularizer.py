@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_infomcr import backend, validation
+from keras_infomcr import validation
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.objective import Batch, Objective
-from keras_infomcr.scalars import to_float
+from keras_infomcr.regularizers.live import Live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +28,16 @@ class Step:
             weight penalties, which no regulariser needs to compute), its loss and predictions are
             reported to the metrics, and its state is kept. Else `None`: Keras makes that pass.
         memory: List of arrays, the new values of the regulariser's `memory`.
+        instead: List of arrays and `None` like the weights, or `None`; given with `main` alone.
+            What to follow instead of the gradients g of `main`: the step follows
+            (1 - strength) g + strength * instead, which is `instead` itself at strength 1.
     """
 
     value: Any
     gradient: list | None = None
     main: Evaluation | None = None
     memory: Sequence = ()
+    instead: list | None = None
 
 
 class Regularizer(abc.ABC):
@@ -58,7 +61,12 @@ class Regularizer(abc.ABC):
       `(weight, batch)`, the weight being the size of a slice relative to the mean size.
 
     `batch` has the attributes `x`, `y` and `sample_weight`, structures of arrays. With several
-    replicas, each calls the rule on its own share of the batch, and the results are averaged.
+    replicas, each calls the rule on its own share of the batch, and the results are averaged;
+    `objective.mean_over_replicas(arrays)` and `objective.replica_index()` are for rules that need
+    the whole batch's gradients, or another draw of random numbers on each.
+
+    Further hyper-parameters become live by a line in the class, `rho = Live(validation.positive)`
+    (`keras_infomcr.regularizers.live`).
 
     Override where it is needed:
 
@@ -69,9 +77,9 @@ class Regularizer(abc.ABC):
     * `log_key`: the name of `Step.value` in the logs of `fit`.
 
     Args:
-        strength: Float, 0 or greater. The coefficient of `Step.gradient`. It is live: assigned
-            at any time, also inside `fit`, it takes effect with the next batch and without
-            re-tracing.
+        strength: Float, 0 or greater. The coefficient of `Step.gradient`, or the share of
+            `Step.instead`. It is live: assigned at any time, also inside `fit`, it takes effect
+            with the next batch and without re-tracing.
 
     Attributes:
         strength: A `keras.Variable`. Assign a float to change its value.
@@ -124,23 +132,15 @@ class Regularizer(abc.ABC):
     float32: bool = True
     memory: Sequence[keras.Variable] = ()
 
+    strength = Live(validation.non_negative)
+
     def __init__(self, strength: float):
-        validation.non_negative(strength=strength)
-        # So wide that float64 weights feel the float that was given.
-        dtype = backend.widest_float()
-        self._strength = keras.Variable(
-            np.array(strength, dtype), dtype=dtype, trainable=False, name="strength"
-        )
+        self.strength = strength
 
     @property
-    def strength(self) -> keras.Variable:
-        return self._strength
-
-    @strength.setter
-    def strength(self, value):
-        value = to_float(value) if hasattr(value, "shape") else value
-        validation.non_negative(strength=value)
-        self._strength.assign(np.array(value, self._strength.dtype))
+    def live_variables(self) -> list[keras.Variable]:
+        """The variables of all live hyper-parameters, which a compiled step reads."""
+        return list(self.__dict__["_live"].values())
 
     @property
     def log_key(self) -> str:

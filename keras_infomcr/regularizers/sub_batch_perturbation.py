@@ -15,10 +15,13 @@ from keras_infomcr.core.sub_batch_averages import (
     finite_difference,
     hessian_vector_product,
 )
-from keras_infomcr.objective import HALF_PRECISION, Batch, Objective, float8_scales, joined
-from keras_infomcr.regularizers.main_gradient import is_mean_of_sub_batches
+from keras_infomcr.objective import Batch, Objective, joined
+from keras_infomcr.regularizers import main_gradient as main_gradients
 from keras_infomcr.regularizers.perturbed_subset import perturbing_subset, random_ranks
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
+from keras_infomcr.regularizers.replicas import share_of_replica, warn_of_uneven_shares
+from keras_infomcr.regularizers.weights import half_precision, refuse_float8
+from keras_infomcr.regularizers.whole_batches import refuse_rewritten
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -121,13 +124,13 @@ class SubBatchPerturbation(Regularizer):
 
     def replaces_main_pass(self, model: keras.Model) -> bool:
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        return is_mean_of_sub_batches(self.main_gradient, model)
+        return main_gradients.is_mean_of_sub_batches(self.main_gradient, model)
 
     def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
         """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
         model = objective.model
         with_main = self.replaces_main_pass(model)
-        sub_batches = objective.sub_batches(batch, _share(self.num_sub_batches, model))
+        sub_batches = objective.sub_batches(batch, share_of_replica(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
         evaluate = backend.traced_once(objective.evaluate)  # once, however many places call it
         contribution = self._contribution(objective, evaluate)
@@ -150,7 +153,7 @@ class SubBatchPerturbation(Regularizer):
             result = _scaled(result, len(sub_batches) / count)
         if not with_main:
             return Step(result.value, result.gradient)
-        _check_rewritten(objective.rewritten)
+        refuse_rewritten(objective, main_gradients.SUB_BATCHES, main_gradients.FULL_BATCH)
         predictions = joined(result.main.predictions, backend.batch_size(batch))
         return Step(result.value, result.gradient, result.main._replace(predictions=predictions))
 
@@ -171,20 +174,16 @@ class SubBatchPerturbation(Regularizer):
         """Return how many of the sub-batches of this replica are perturbed."""
         if self.num_perturbed is None:
             return count
-        return min(count, _share(self.num_perturbed, model))
+        return min(count, share_of_replica(self.num_perturbed, model))
 
     def check(self, model: keras.Model):
         """Warn of a device that drowns the finite difference, and of another number of slices."""
-        replicas = backend.num_replicas(model)
-        for name in ("num_sub_batches", "num_perturbed"):
-            asked = getattr(self, name)
-            if asked is not None and asked % replicas:
-                each = _share(asked, model)
-                warnings.warn(
-                    f"`{name}={asked}` is not divisible by {replicas} replicas: each uses {each}, "
-                    f"{each * replicas} in total. Use a multiple of {replicas}.",
-                    stacklevel=3,
-                )
+        warn_of_uneven_shares(
+            model,
+            stacklevel=3,
+            num_sub_batches=self.num_sub_batches,
+            num_perturbed=self.num_perturbed,
+        )
         if backend.low_precision_products():
             warnings.warn(
                 "TensorFloat-32 is on: float32 matrix products round like half precision, and "
@@ -195,20 +194,14 @@ class SubBatchPerturbation(Regularizer):
 
     def build(self, variables: Sequence[keras.Variable]):
         """Refuse weights of half and quarter precision, where the finite difference vanishes."""
-        halves = [v.path for v in variables if v.dtype in HALF_PRECISION]
+        halves = half_precision(variables)
         if halves:
             raise ValueError(
                 "Weights must be float32 or float64: in half precision w - alpha g is w. "
                 f"Received: half-precision weights {halves}. Use the dtype policy "
                 '"mixed_float16" or "mixed_bfloat16".'
             )
-        scales = float8_scales(variables)
-        if scales:
-            raise ValueError(
-                "Layers must not be quantised to float8, where the loss at w - alpha g is that at "
-                f"w. Received: float8 scales {scales}. Train with float32, mixed_float16 or "
-                "mixed_bfloat16, or with `compile(regularizer=None)`."
-            )
+        refuse_float8(variables)
 
     def get_config(self) -> dict:
         """Return the constructor's arguments, `beta` at its present value."""
@@ -220,20 +213,6 @@ class SubBatchPerturbation(Regularizer):
             "num_perturbed": self.num_perturbed,
             "estimator": self.estimator,
         }
-
-
-def _share(count: int, model: keras.Model) -> int:
-    """Return how many of `count` sub-batches fall to one replica."""
-    return max(1, count // backend.num_replicas(model))
-
-
-def _check_rewritten(paths: set):
-    if paths:
-        raise ValueError(
-            "Layers that assign their own trainable weights when they are called must see "
-            'whole batches. Received: main_gradient="sub_batches" and layers that assign '
-            f'{sorted(paths)}. Use `main_gradient="full_batch"`.'
-        )
 
 
 def _scaled(result: Contribution, factor: float) -> Contribution:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_infomcr.regularizers import Regularizer, Step, SubBatchPerturbation
+from keras_infomcr.regularizers import Regularizer, SharpnessAware, Step, SubBatchPerturbation
 
 
 @keras.saving.register_keras_serializable("keras_infomcr_tests")
@@ -59,8 +59,32 @@ def perturbation_oracle(rule, gradient, w, x, y, memory):
     return gradient(w, x, y) + float(rule.beta) * extra, None
 
 
+def sharpness_oracle(rule, gradient, w, x, y, memory):
+    """SAM and its family, read slice by slice; T of ASAM is |w| + eta, for there are no biases."""
+    memory = np.zeros_like(w) if memory is None else memory
+    factor = np.abs(w) + rule.eta if rule.adaptive else 1.0
+    here = there = 0.0
+    count = min(rule.num_sub_batches, len(x))
+    for rows in np.array_split(np.arange(len(x)), count):
+        g = gradient(w, x[rows], y[rows])
+        d = factor * (g - memory if rule.direction == "noise" else g)
+        norm = np.linalg.norm(d)
+        eps = float(rule.rho) * factor * d / norm if norm else 0.0
+        here = here + len(rows) / len(x) * g
+        there = there + len(rows) / len(x) * gradient(w + eps, x[rows], y[rows])
+    s = float(rule.strength)
+    return (1 - s) * here + s * there, 0.9 * memory + 0.1 * here
+
+
 # Each rule of the suite is one line: how it is made, given its strength, and its oracle.
 RULES = {
     "sub_batch_perturbation": (lambda s: SubBatchPerturbation(0.05, s, 2), perturbation_oracle),
+    "sam": (lambda s: SharpnessAware(0.05, s), sharpness_oracle),
+    "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
+    "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
+    "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
+
+# Their training gradient is the mean over slices of the batch, whatever the model.
+CUTTING = {"m_sam"}

@@ -68,6 +68,16 @@ def mean_over_steps(array: jax.Array) -> jax.Array:
     return array
 
 
+def mean_over_replicas(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Return the means over the replicas that `over_replicas` maps over."""
+    return jax.lax.pmean(arrays, _batch_axis()[1]) if num_replicas(None) > 1 else arrays
+
+
+def replica_index() -> int | jax.Array:
+    """Return the number of the replica that `over_replicas` maps over."""
+    return jax.lax.axis_index(_batch_axis()[1]) if num_replicas(None) > 1 else 0
+
+
 def over_replicas(function: Callable) -> Callable:
     """Return the function, mapped over the shares of the batch where they lie.
 

@@ -52,6 +52,17 @@ def mean_over_steps(array: tf.Tensor) -> tf.Tensor:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, array)
 
 
+def mean_over_replicas(arrays: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Return the means over the replicas, sent together."""
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.MEAN, arrays) if arrays else []
+
+
+def replica_index() -> int | tf.Tensor:
+    """Return the number of the replica among all."""
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
 def over_replicas(function: Callable) -> Callable:
     """Return the function, which a step calls on its own share of the batch."""
     return function

@@ -40,6 +40,16 @@ def mean_over_steps(array: torch.Tensor) -> torch.Tensor:
     return array
 
 
+def mean_over_replicas(arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the arrays: there is one replica."""
+    return arrays
+
+
+def replica_index() -> int:
+    """Return 0: there is one replica."""
+    return 0
+
+
 def over_replicas(function: Callable) -> Callable:
     """Return the function."""
     return function
