@@ -117,9 +117,8 @@ def test_the_minimum_of_a_quadratic_is_reached(name, float64):
 def test_zero_strength_is_plain_keras(name, mode):
     ours, logs = fitted(compiled(network(name=name), RULES[name][0](0.0), metrics=["mae"], **mode))
     plain, expected = fitted(compiled(network(keras.Model, name=name), metrics=["mae"], **mode))
-    replaced = ours.regularizer.replaces_main_pass(ours)
-    # A pass of the rule's own computes the same operations, which a compiler may fuse otherwise.
-    exact = not replaced and (BACKEND != "jax" or mode)
+    # The means over slices round otherwise. XLA may fuse the same operations otherwise.
+    exact = name not in CUTTING and BACKEND != "jax"
     tolerance = {"atol": 0 if exact else 1e-6}
     assert_same(ours, plain, **tolerance)
     assert logs.keys() - expected.keys() == {ours.regularizer.log_key}
@@ -308,6 +307,7 @@ def test_the_example_of_the_base_class_is_sharpness_aware_minimisation(float64):
     [
         ((0.0, None), TypeError, "must return a `Step`. Received: .* from Returning"),
         (Step(0.0, main=(0.0, [])), ValueError, "if, and only if, `replaces_main_pass`"),
+        (Step(0.0, instead=[None]), ValueError, "`Step.instead` must be given with `Step.main`"),
         (Step(0.0, memory=[1.0]), ValueError, "Received: 1 values for 0 variables from Returning"),
         (Step(0.0, gradient=[None] * 2), ValueError, "`Step.gradient`.*2 gradients for 1 variab"),
     ],
