@@ -136,6 +136,21 @@ def key_of(row):
     return row["network"], row["batch size"], row["M"]
 
 
+def merged(rows, new):
+    """Return the rows of a report with new ones, which replace those of the same case and step.
+
+    Where some steps were measured alone, the figures of the other steps stay, with the plain step
+    that they were measured beside.
+    """
+    if not any(key_of(r) == key_of(new[0]) for r in rows):
+        return rows + new
+    steps = {r["step"] for r in new if r["step"] != "plain"}
+    old = [r for r in rows if key_of(r) == key_of(new[0]) and r["step"] not in steps]
+    others = [r for r in rows if key_of(r) != key_of(new[0])]
+    whole = {r["step"] for r in old} == {"plain"}
+    return others + (new if whole else old + [r for r in new if r["step"] != "plain"])
+
+
 def table(report):
     """Return the rows of a report as Markdown, a table for each network, batch size and M."""
     lines = []
@@ -222,7 +237,7 @@ def main():
     for case in cases:
         rows = measure(*case, jit, settings.rounds, settings.steps)
         print(table(report | {"rows": rows}), flush=True)
-        report["rows"] = [r for r in report["rows"] if key_of(r) != case] + rows
+        report["rows"] = merged(report["rows"], rows)
         reports.save(report, path)
         plot(report, path.with_suffix(".png"))
         keras.utils.clear_session()
