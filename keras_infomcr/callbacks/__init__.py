@@ -4,10 +4,12 @@ from keras_infomcr.callbacks.flatness_callback import FlatnessCallback
 from keras_infomcr.callbacks.gamma_hat_callback import GammaHatCallback
 from keras_infomcr.callbacks.regularization_schedule import RegularizationSchedule
 from keras_infomcr.callbacks.start_reg_after_lr_drop import StartRegAfterLRDrop
+from keras_infomcr.callbacks.start_reg_in_late_phase import StartRegInLatePhase
 
 __all__ = [
     "FlatnessCallback",
     "GammaHatCallback",
     "RegularizationSchedule",
     "StartRegAfterLRDrop",
+    "StartRegInLatePhase",
 ]

@@ -1,4 +1,4 @@
-"""A schedule of the regulariser's strength."""
+"""A schedule of the regulariser's strength, or of another live hyper-parameter."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from keras_infomcr.scalars import to_float
 
 
 class RegularizationSchedule(RegularizedModelCallback):
-    """Set the strength of the regulariser (`beta`) by epoch or by step.
+    """Set the strength of the regulariser, or another live hyper-parameter, by epoch or by step.
 
     InfoMCR keeps beta fixed and names its adaptation as future work. Here nothing is re-traced.
 
@@ -19,11 +19,15 @@ class RegularizationSchedule(RegularizedModelCallback):
             epoch, or a `keras.optimizers.schedules.LearningRateSchedule`, whose value at the
             optimizer's step count becomes the strength of that step. The strength is a float,
             0 or greater.
+        parameter: String, the name of the live hyper-parameter that is set: `"strength"`, which
+            `SubBatchPerturbation` also calls `"beta"` and `WeightNoise` `"std"`, or another one of
+            the rule, such as the radius `"rho"`. Defaults to `"strength"`.
         verbose: 0 or 1. With 1, a line is printed for each epoch. Defaults to 0.
 
     Raises:
         TypeError: If `schedule` is not callable.
-        ValueError: In `fit`, if the model has no regulariser or a strength is out of range.
+        ValueError: In `fit`, if the model has no regulariser, the regulariser no such live
+            hyper-parameter, or a value is out of range.
 
     Example:
 
@@ -39,6 +43,7 @@ class RegularizationSchedule(RegularizedModelCallback):
     def __init__(
         self,
         schedule: Callable[[int], float] | keras.optimizers.schedules.LearningRateSchedule,
+        parameter: str = "strength",
         verbose: int = 0,
     ):
         super().__init__()
@@ -49,21 +54,39 @@ class RegularizationSchedule(RegularizedModelCallback):
             )
         validation.one_of(0, 1, verbose=verbose)
         self.schedule = schedule
+        self.parameter = parameter
         self.verbose = verbose
         self._by_step = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+
+    def on_train_begin(self, logs=None):
+        rule = self.model.regularizer
+        names = _live_names(rule)
+        if self.parameter not in names:
+            raise ValueError(
+                "`parameter` must be a live hyper-parameter of the regulariser. Received: "
+                f"parameter={self.parameter!r} and {type(rule).__name__}, which has {names}."
+            )
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._by_step:
             self._set_by_step()
         else:
-            self.model.regularizer.strength = self.schedule(epoch)
+            self._set(self.schedule(epoch))
         if self.verbose:
-            strength = to_float(self.model.regularizer.strength)
-            print(f"Epoch {epoch + 1}: strength of the regulariser is {strength:g}.")
+            value = to_float(getattr(self.model.regularizer, self.parameter))
+            print(f"Epoch {epoch + 1}: {self.parameter} of the regulariser is {value:g}.")
 
     def on_train_batch_begin(self, batch, logs=None):
         if self._by_step:
             self._set_by_step()
 
     def _set_by_step(self):
-        self.model.regularizer.strength = self.schedule(self.model.optimizer.iterations)
+        self._set(self.schedule(self.model.optimizer.iterations))
+
+    def _set(self, value):
+        setattr(self.model.regularizer, self.parameter, value)
+
+
+def _live_names(rule) -> list[str]:
+    names = (n for n in dir(type(rule)) if not n.startswith("_"))
+    return [n for n in names if isinstance(getattr(rule, n), keras.Variable)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.callbacks.callbacks_of_fit import callbacks_of_fit
-from keras_infomcr.callbacks.regularized_model_callback import RegularizedModelCallback
+from keras_infomcr.callbacks.gate_callback import GateCallback
 from keras_infomcr.models.regularized_model import RegularizedModel
 from keras_infomcr.models.training_record import training_record
 from keras_infomcr.scalars import to_float
@@ -21,7 +21,7 @@ _STEERING = {
 }
 
 
-class StartRegAfterLRDrop(RegularizedModelCallback):
+class StartRegAfterLRDrop(GateCallback):
     """Start the regulariser after the first drop of the learning rate.
 
     The gate `model.regularizer_active` is closed when training begins and opened before the
@@ -60,24 +60,17 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
     """
 
     def __init__(self, ratio: float = 0.75, start_epoch: int | None = None, verbose: int = 0):
-        super().__init__()
+        super().__init__(verbose)
         validation.fraction(ratio=ratio)
         if start_epoch is not None:
             validation.integer(minimum=0, start_epoch=start_epoch)
-        validation.one_of(0, 1, verbose=verbose)
         self.ratio = ratio
         self.start_epoch = start_epoch
-        self.verbose = verbose
 
     def on_train_begin(self, logs=None):
-        self._gate_before = self.model.regularizer_active
-        self.model.regularizer_active = False
-        self._epoch = None
+        super().on_train_begin()
         self._recalled = False
         self._callbacks = callbacks_of_fit(self)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
         # Reading the rate waits for the step before, so it ends once the gate is open.
@@ -89,22 +82,19 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
         rate = to_float(self.model.optimizer.learning_rate)
         peak = training_record(self.model).update_peak(rate)
         dropped = rate < self.ratio * peak
-        if dropped or (self.start_epoch is not None and self._epoch >= self.start_epoch):
-            self._open(rate, peak, dropped)
+        if dropped:
+            self._open(
+                f"Learning rate {rate:g}: it has fallen below {self.ratio:g} of its peak {peak:g}."
+            )
+        elif self.start_epoch is not None and self._epoch >= self.start_epoch:
+            self._open(
+                f"Learning rate {rate:g}: start_epoch={self.start_epoch} has come, its peak is "
+                f"{peak:g}."
+            )
         elif first and self._stays_closed():
             self._warn(
                 "will never start in this `fit`: the learning rate is constant, and no callback "
                 "changes it, so it will not drop below `ratio` times its peak"
-            )
-
-    def _open(self, rate, peak, dropped):
-        self.model.regularizer_active = True
-        if self.verbose:
-            why = f"it has fallen below {self.ratio:g} of its peak {peak:g}"
-            if not dropped:
-                why = f"start_epoch={self.start_epoch} has come, its peak is {peak:g}"
-            print(
-                f"Epoch {self._epoch + 1}: the regulariser starts. Learning rate {rate:g}: {why}."
             )
 
     def _stays_closed(self):
@@ -128,11 +118,8 @@ class StartRegAfterLRDrop(RegularizedModelCallback):
             stacklevel=3,
         )
 
-    def on_train_end(self, logs=None):
-        if not self._recalled:  # there was no batch to train on
-            self.model.regularizer_active = self._gate_before
-        elif not self.model.regularizer_active:
-            self._warn("never started: the learning rate did not drop below `ratio` times its peak")
+    def _warn_of_no_start(self):
+        self._warn("never started: the learning rate did not drop below `ratio` times its peak")
 
     def _recall(self):
         """Take in the rates of the steps before this call of `fit`, where they can be known."""

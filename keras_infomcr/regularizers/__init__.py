@@ -6,12 +6,22 @@ from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
+from keras_infomcr.regularizers.weight_noise import WeightNoise
 
-__all__ = ["Evaluation", "Regularizer", "SharpnessAware", "Step", "SubBatchPerturbation", "get"]
+__all__ = [
+    "Evaluation",
+    "Regularizer",
+    "SharpnessAware",
+    "Step",
+    "SubBatchPerturbation",
+    "WeightNoise",
+    "get",
+]
 
 _BY_NAME = {
     "sharpness_aware": SharpnessAware,
     "sub_batch_perturbation": SubBatchPerturbation,
+    "weight_noise": WeightNoise,
 }
 
 
