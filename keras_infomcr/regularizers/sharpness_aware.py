@@ -13,12 +13,12 @@ from keras_infomcr.core.sub_batch_averages import (
     average,
     paired_evaluations,
 )
-from keras_infomcr.objective import HALF_PRECISION, Batch, Objective, joined
+from keras_infomcr.objective import Batch, Objective, joined
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.live import Live
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.replicas import share_of_replica, warn_of_uneven_shares
-from keras_infomcr.regularizers.weights import half_precision, refuse_float8
+from keras_infomcr.regularizers.weights import half_precision, norm, refuse_float8
 from keras_infomcr.regularizers.whole_batches import refuse_if_uncuttable, refuse_rewritten
 from keras_infomcr.scalars import times, to_shortest_float
 
@@ -193,9 +193,9 @@ class SharpnessAware(Regularizer):
         # T of ASAM; `None` stands for 1.
         factors = [ops.abs(w) + self.eta if s else None for w, s in zip(weights, scales)]
         scaled = [_product(t, d) for t, d in zip(factors, directions)]
-        norm = _norm(scaled)
-        moves = ops.logical_and(norm > 0, ops.isfinite(norm))
-        step = ops.cast(self.rho, norm.dtype) / ops.where(moves, norm, 1)
+        length = norm(scaled)
+        moves = ops.logical_and(length > 0, ops.isfinite(length))
+        step = ops.cast(self.rho, length.dtype) / ops.where(moves, length, 1)
         return [
             w if d is None else ops.where(moves, w + times(step, _product(t, d)), w)
             for w, t, d in zip(weights, factors, scaled)
@@ -227,22 +227,11 @@ def _product(factor: Any, array: Any) -> Any:
     return array if factor is None or array is None else factor * array
 
 
-def _norm(arrays: list) -> Any:
-    """Return the Euclidean norm of all arrays together, in float32 at least."""
-    total = ops.zeros((), backend.widest_float())
-    for array in arrays:
-        if array is not None:
-            half = keras.backend.standardize_dtype(array.dtype) in HALF_PRECISION
-            array = ops.cast(array, "float32") if half else array
-            total = total + ops.cast(ops.sum(ops.square(array)), total.dtype)
-    return ops.sqrt(total)
-
-
 def _moved(means: list, gradients: list) -> list:
     """Return the running means of the gradients, which a gradient that overflows leaves alone."""
     if not means:
         return []
-    finite = ops.isfinite(_norm(gradients))
+    finite = ops.isfinite(norm(gradients))
     return [
         m if g is None else ops.where(finite, _DECAY * m + (1 - _DECAY) * g, m)
         for m, g in zip(means, gradients)

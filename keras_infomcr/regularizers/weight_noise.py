@@ -8,10 +8,12 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_infomcr import backend, validation
-from keras_infomcr.objective import Batch, Objective, float8_scales
+from keras_infomcr import validation
+from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
+from keras_infomcr.regularizers.weights import at_least_float32, norm, refuse_float8
+from keras_infomcr.regularizers.whole_batches import refuse_rewritten
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -105,13 +107,7 @@ class WeightNoise(Regularizer):
 
     def build(self, variables: Sequence[keras.Variable]):
         """Make the seed and the count of draws, which a resumed run goes on from."""
-        scales = float8_scales(variables)
-        if scales:
-            raise ValueError(
-                "Layers must not be quantised to float8, whose scales bear no noise. "
-                f"Received: float8 scales {scales}. Train with another dtype policy, or with "
-                "`compile(regularizer=None)`."
-            )
+        refuse_float8(variables)
         dtype = self._generator.state.dtype
         start = np.array([self._mixed_seed, 0], dtype)
         self.memory = [keras.Variable(start, dtype=dtype, trainable=False, name="noise_seed")]
@@ -129,18 +125,13 @@ class WeightNoise(Regularizer):
         """Return the evaluation at w + n, with ||n|| / ||w||."""
         weights = objective.weights()
         (seed,) = memory
-        draws, next_seed = self._standard_normals(weights, seed, _replica_index(objective))
+        draws, next_seed = self._standard_normals(weights, seed, objective.replica_index())
         scale = self._scale(objective.model.optimizer.iterations)
         noise = [times(scale, z) * self._norms(w) for w, z in zip(weights, draws)]
         noisy = [w + ops.cast(n, w.dtype) for w, n in zip(weights, noise)]
         main = objective.evaluate(noisy, objective.state(), batch)
-        if objective.rewritten:
-            raise ValueError(
-                "Layers must not assign their own trainable weights when they are called, for they "
-                f"are called at weights with noise. Received: {sorted(objective.rewritten)}. Train "
-                "with another regulariser, or with `compile(regularizer=None)`."
-            )
-        return Step(ops.divide_no_nan(_norm(noise), _norm(weights)), main=main, memory=[next_seed])
+        refuse_rewritten(objective, "a WeightNoise", "Compile with `regularizer=None`.")
+        return Step(ops.divide_no_nan(norm(noise), norm(weights)), main=main, memory=[next_seed])
 
     def _standard_normals(self, weights: list, seed, replica):
         """Return standard normal draws like the weights, and the seed of the next step.
@@ -152,7 +143,7 @@ class WeightNoise(Regularizer):
         apart = ops.stack([ops.cast(n, state.dtype) for n in (replica * 1_000_003, 0)])
         with keras.StatelessScope([(state, seed + apart)]) as scope:
             draws = [
-                keras.random.normal(ops.shape(w), dtype=_at_least_float32(w), seed=self._generator)
+                keras.random.normal(ops.shape(w), dtype=at_least_float32(w), seed=self._generator)
                 for w in weights
             ]
             moved = scope.get_current_value(state)
@@ -165,7 +156,7 @@ class WeightNoise(Regularizer):
 
     def _norms(self, weight):
         """Return the norms of the filters of a weight, which broadcast against it."""
-        weight = ops.cast(weight, _at_least_float32(weight))
+        weight = ops.cast(weight, at_least_float32(weight))
         filters = self.per_filter and len(weight.shape) > 1
         axes = tuple(range(len(weight.shape) - 1)) if filters else None
         return ops.sqrt(ops.sum(ops.square(weight), axes, keepdims=True))
@@ -184,18 +175,3 @@ class WeightNoise(Regularizer):
         """Make a rule from what `get_config` returned."""
         growth = keras.saving.deserialize_keras_object(config.get("growth"))
         return cls(**config | {"growth": growth})
-
-
-def _at_least_float32(array) -> str:
-    """Return the type in which squares of an array's entries do not vanish."""
-    return keras.backend.result_type(array.dtype, "float32")
-
-
-def _norm(arrays):
-    """Return the Euclidean norm of all entries."""
-    squares = [ops.sum(ops.square(ops.cast(a, _at_least_float32(a)))) for a in arrays]
-    return ops.sqrt(sum(ops.cast(s, backend.widest_float()) for s in squares))
-
-
-def _replica_index(objective):
-    return getattr(objective, "replica_index", lambda: 0)()

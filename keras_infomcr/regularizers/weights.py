@@ -1,9 +1,12 @@
-"""Weights of low precision."""
+"""Weights of low precision, and norms."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
+from keras import ops
 
+from keras_infomcr import backend
 from keras_infomcr.objective import HALF_PRECISION, float8_scales
 
 
@@ -21,3 +24,18 @@ def refuse_float8(variables: Sequence[keras.Variable]):
             f"ones. Received: float8 scales {scales}. Train with float32, mixed_float16 or "
             "mixed_bfloat16, or with `compile(regularizer=None)`."
         )
+
+
+def norm(arrays: Sequence) -> Any:
+    """Return the Euclidean norm of all numbers of a list of arrays and `None`."""
+    total = ops.zeros((), backend.widest_float())
+    for array in arrays:
+        if array is not None:
+            array = ops.cast(array, at_least_float32(array))
+            total = total + ops.cast(ops.sum(ops.square(array)), total.dtype)
+    return ops.sqrt(total)
+
+
+def at_least_float32(array: Any) -> str:
+    """Return the type in which squares of an array's numbers do not vanish."""
+    return keras.backend.result_type(array.dtype, "float32")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, numpy, only_on
 from keras import ops
-from toy_rules import CUTTING, RULES, Anchored
+from toy_rules import CUTTING, DRAWING, RULES, Anchored
 
 from keras_infomcr import RegularizedModel, regularizers
 from keras_infomcr.objective import Objective
-from keras_infomcr.regularizers import Regularizer, SharpnessAware, Step
+from keras_infomcr.regularizers import Regularizer, SharpnessAware, Step, WeightNoise
 
 RATE, STRENGTH = 1 / 16, 0.5
 # Without a graph where that is the faster way: JAX compiles each operation by itself then.
@@ -101,6 +101,8 @@ def test_the_minimum_of_a_quadratic_is_reached(name, float64):
     rule = RULES[name][0](STRENGTH)
     if isinstance(rule, SharpnessAware):
         rule.rho = 1e-3  # about it SAM goes on bouncing at a distance of this order
+    if isinstance(rule, WeightNoise):
+        rule.std = 1e-4  # which relates the distance that is left to the weights, of order one
     model = compiled(linear(), rule, keras.optimizers.SGD(0.3))
     data = array(X), array(Y)
     for _ in range(200):
@@ -117,9 +119,8 @@ def test_the_minimum_of_a_quadratic_is_reached(name, float64):
 def test_zero_strength_is_plain_keras(name, mode):
     ours, logs = fitted(compiled(network(name=name), RULES[name][0](0.0), metrics=["mae"], **mode))
     plain, expected = fitted(compiled(network(keras.Model, name=name), metrics=["mae"], **mode))
-    replaced = ours.regularizer.replaces_main_pass(ours)
-    # A pass of the rule's own computes the same operations, which a compiler may fuse otherwise.
-    exact = not replaced and (BACKEND != "jax" or mode)
+    # The means over slices round otherwise. XLA may fuse the same operations otherwise.
+    exact = name not in CUTTING and BACKEND != "jax"
     tolerance = {"atol": 0 if exact else 1e-6}
     assert_same(ours, plain, **tolerance)
     assert logs.keys() - expected.keys() == {ours.regularizer.log_key}
@@ -129,7 +130,8 @@ def test_zero_strength_is_plain_keras(name, mode):
 
 @with_rule
 def test_states_and_metrics_move_once_a_step(name):
-    model = compiled(network(name=name), RULES[name][0](STRENGTH), metrics=["mae"], **EAGER)
+    strength = 0.0 if name in DRAWING else STRENGTH  # with noise the metrics are those of the noise
+    model = compiled(network(name=name), RULES[name][0](strength), metrics=["mae"], **EAGER)
     plain = compiled(network(keras.Model, name=name), metrics=["mae"], **EAGER)
     (ours,), (theirs,) = ([m.train_on_batch(X, Y, return_dict=True)] for m in (model, plain))
     for key in theirs:
@@ -198,6 +200,8 @@ def test_mixed_precision_follows_float32(name):
 def test_compiled_by_xla(name):
     if BACKEND == "torch":
         pytest.skip("torch.compile takes half a minute a model")
+    if BACKEND == "tensorflow" and name in DRAWING:
+        pytest.skip("TensorFlow draws other numbers under XLA")
     eager, _ = fitted(compiled(linear(), RULES[name][0](STRENGTH), **EAGER))
     jitted, _ = fitted(compiled(linear(), RULES[name][0](STRENGTH), jit_compile=True))
     assert_same(jitted, eager, atol=1e-5)
@@ -254,6 +258,8 @@ def test_memory_is_no_weight_and_no_metric(name):
 @with_rule
 @only_on("tensorflow", reason="`MirroredStrategy` is TensorFlow's")
 def test_two_replicas_are_one_device(name, mirrored, float64):
+    if name in DRAWING:
+        pytest.skip("Replicas draw other numbers; a test of the rule's own adds up what they do.")
     one, _ = fitted(compiled(linear(), RULES[name][0](STRENGTH)), 2, batch_size=6)
     with mirrored.scope():
         two = compiled(linear(), RULES[name][0](STRENGTH))
@@ -266,6 +272,8 @@ def test_two_replicas_are_one_device(name, mirrored, float64):
 @with_rule
 @only_on("jax", reason="`keras.distribution` is JAX's")
 def test_two_devices_of_jax_are_one(name, float64):
+    if name in DRAWING:
+        pytest.skip("Replicas draw other numbers; a test of the rule's own adds up what they do.")
     one, _ = fitted(compiled(linear(), RULES[name][0](STRENGTH)), 2, batch_size=6)
     devices = keras.distribution.list_devices()[:2]
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
@@ -308,6 +316,7 @@ def test_the_example_of_the_base_class_is_sharpness_aware_minimisation(float64):
     [
         ((0.0, None), TypeError, "must return a `Step`. Received: .* from Returning"),
         (Step(0.0, main=(0.0, [])), ValueError, "if, and only if, `replaces_main_pass`"),
+        (Step(0.0, instead=[None]), ValueError, "`Step.instead` must be given with `Step.main`"),
         (Step(0.0, memory=[1.0]), ValueError, "Received: 1 values for 0 variables from Returning"),
         (Step(0.0, gradient=[None] * 2), ValueError, "`Step.gradient`.*2 gradients for 1 variab"),
     ],

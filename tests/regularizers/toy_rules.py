@@ -9,7 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_infomcr.regularizers import Regularizer, SharpnessAware, Step, SubBatchPerturbation
+from keras_infomcr.regularizers import (
+    Regularizer,
+    SharpnessAware,
+    Step,
+    SubBatchPerturbation,
+    WeightNoise,
+)
 
 
 @keras.saving.register_keras_serializable("keras_infomcr_tests")
@@ -76,6 +82,18 @@ def sharpness_oracle(rule, gradient, w, x, y, memory):
     return (1 - s) * here + s * there, 0.9 * memory + 0.1 * here
 
 
+def noise_oracle(rule, gradient, w, x, y, memory):
+    """The gradient at noise drawn by the rule itself, scaled by the norms of two columns."""
+    if memory is None:
+        memory = ops.convert_to_tensor(np.array([rule._mixed_seed, 0]), rule._generator.state.dtype)
+    (draws,), seed = rule._standard_normals(
+        [ops.reshape(ops.convert_to_tensor(w), (3, 2))], memory, 0
+    )
+    columns = np.linalg.norm(w.reshape(3, 2), axis=0)
+    noise = float(rule.std) * ops.convert_to_numpy(draws) * columns
+    return gradient(w + noise.ravel(), x, y), seed
+
+
 # Each rule of the suite is one line: how it is made, given its strength, and its oracle.
 RULES = {
     "sub_batch_perturbation": (lambda s: SubBatchPerturbation(0.05, s, 2), perturbation_oracle),
@@ -83,8 +101,12 @@ RULES = {
     "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
+    "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
 
 # Their training gradient is the mean over slices of the batch, whatever the model.
 CUTTING = {"m_sam"}
+
+# They draw other numbers on each replica.
+DRAWING = {"weight_noise"}
