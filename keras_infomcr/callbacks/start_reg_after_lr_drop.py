@@ -3,7 +3,6 @@
 import warnings
 
 import keras
-import numpy as np
 
 from keras_infomcr import validation
 from keras_infomcr.callbacks.callbacks_of_fit import callbacks_of_fit
@@ -124,14 +123,7 @@ class StartRegAfterLRDrop(GateCallback):
     def _recall(self):
         """Take in the rates of the steps before this call of `fit`, where they can be known."""
         self._recalled = True
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        schedule = getattr(optimizer, "_learning_rate", None)
-        steps = int(to_float(self.model.optimizer.iterations))
-        steps *= getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule) and steps:
-            # A sample will do: the rate changes little over a thousandth of the steps.
-            for step in np.unique(np.linspace(0, steps - 1, 1000).astype(int)):
-                training_record(self.model).update_peak(to_float(schedule(step)))
+        training_record(self.model).peak.update_by_schedule()
 
 
 def _is_known(thing):

@@ -26,6 +26,7 @@ from keras_infomcr.flatness.neighbourhood.local_entropy_gradient_norm import (
     local_entropy_gradient_norm,
 )
 from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
+from keras_infomcr.flatness.reestimate_batch_norm import reestimate_batch_norm
 
 __all__ = [
     "Estimate",
@@ -57,4 +58,5 @@ __all__ = [
     "local_entropy_gradient_norm",
     "pac_bayes_bound",
     "plot",
+    "reestimate_batch_norm",
 ]

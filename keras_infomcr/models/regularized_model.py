@@ -17,6 +17,7 @@ from keras_infomcr.keras_internals import (
     own_metrics,
     set_call_has_training_arg,
 )
+from keras_infomcr.models.averaging_record import AVERAGING_RECORD
 from keras_infomcr.models.file_of_chief import file_of_chief
 from keras_infomcr.models.overrides import check_overrides
 from keras_infomcr.models.regularized_training import RegularizedTraining
@@ -193,6 +194,8 @@ class WrappedModel(RegularizedModel):
             "_training_record": self._training_record,
             "learning_rate_peak": self.learning_rate_peak,
         }
+        if AVERAGING_RECORD in self.__dict__:
+            lent[AVERAGING_RECORD] = self.__dict__[AVERAGING_RECORD]
         if self.compiled:
             lent["optimizer"] = self.optimizer
         own = {name: self.model.__dict__[name] for name in lent if name in self.model.__dict__}

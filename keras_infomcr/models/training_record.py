@@ -6,7 +6,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_infomcr.scalars import to_float
+from keras_infomcr.models.learning_rate_peak import LearningRatePeak
 
 
 class TrainingRecord(keras.metrics.Metric):
@@ -27,26 +27,21 @@ class TrainingRecord(keras.metrics.Metric):
     def __init__(self, model: keras.Model):
         super().__init__(name="training_record")
         self._model = weakref.ref(model)
+        self.peak = LearningRatePeak(model)
         self.reset()
 
     def reset(self):
         """Forget the run, and what a file has held of the memory."""
-        self._peak = None
-        self._loaded_at = None
+        self.peak.reset()
         self._rule, self._memory = None, []
 
     def recall_peak(self) -> float | None:
         """Return the peak of the run that the model is in, `None` if unknown."""
-        if self._loaded_at is not None and self._loaded_at != self._iterations():
-            return None
-        return self._peak
+        return self.peak.recall()
 
     def update_peak(self, rate: float) -> float:
         """Take in a learning rate that a batch uses; return the peak."""
-        peak = self.recall_peak()
-        self._peak = rate if peak is None else max(peak, rate)
-        self._loaded_at = None
-        return self._peak
+        return self.peak.update(rate)
 
     def restore_memory(self):
         """Assign what a file has held to the memory of the regulariser, once it has been made."""
@@ -69,9 +64,7 @@ class TrainingRecord(keras.metrics.Metric):
             variable.assign(value)
 
     def save_own_variables(self, store):
-        if self._peak is not None:
-            store["peak"] = self._peak
-            store["iterations"] = self._iterations()
+        self.peak.save(store)
         regularizer = self._model().regularizer
         rule, memory = self._rule, self._memory  # loaded, and not given to the rule yet
         if regularizer and regularizer.memory and not memory:
@@ -82,17 +75,12 @@ class TrainingRecord(keras.metrics.Metric):
             store[f"memory_{k}"] = array
 
     def load_own_variables(self, store):
-        if "peak" in store.keys():
-            self._peak = float(store["peak"][()])
-            self._loaded_at = int(store["iterations"][()])
+        self.peak.load(store)
         if "rule" in store.keys():
             self._rule = bytes(np.array(store["rule"], "uint8")).decode()
         count = sum(name.startswith("memory_") for name in store.keys())
         self._memory = [np.array(store[f"memory_{k}"]) for k in range(count)]
         self.restore_memory()
-
-    def _iterations(self):
-        return int(to_float(self._model().optimizer.iterations))
 
 
 def _name_of(regularizer) -> str:
