@@ -86,8 +86,28 @@ GRIDS = {
 }
 # What `--tune` chose.
 TUNED = {
-    "right labels": {name: values[1] for name, (_, values) in GRIDS.items()},
-    "10 % wrong labels": {name: values[1] for name, (_, values) in GRIDS.items()},
+    "right labels": {
+        PLAIN: 0.05,
+        "plain, twice the epochs": 0.05,
+        "InfoMCR": 10,
+        "SAM": 0.2,
+        "SAM, last 30 %": 0.5,
+        "m-SAM": 0.05,
+        "ASAM": 0.25,
+        "noise": 0.005,
+        "averaging": 0.9,
+    },
+    "10 % wrong labels": {
+        PLAIN: 0.02,
+        "plain, twice the epochs": 0.02,
+        "InfoMCR": 1,
+        "SAM": 0.2,
+        "SAM, last 30 %": 0.5,
+        "m-SAM": 0.2,
+        "ASAM": 2,
+        "noise": 0.05,
+        "averaging": 0.25,
+    },
 }
 
 
