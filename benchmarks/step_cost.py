@@ -1,9 +1,9 @@
 """Time a regularised training step against a plain one of Keras, side by side in one process.
 
 For each network, batch size and number of sub-batches M, all ways to take a step are compiled
-first and then timed in turn, round after round: a plain `keras.Model`, the closed gate, both main
-gradients, subsets of the sub-batches, both estimators, and (on TensorFlow) a literal transcription
-of the paper's algorithm with a second model and assigned weights.
+first and then timed in turn, round after round: a plain `keras.Model`, the closed gate, InfoMCR
+with both main gradients, subsets of the sub-batches and both estimators, all other rules, and (on
+TensorFlow) a literal transcription of InfoMCR's algorithm with a second model and assigned weights.
 
     python benchmarks/step_cost.py --quick
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
@@ -26,7 +26,7 @@ from models import NETWORKS, make, random_data
 from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.regularizers import SubBatchPerturbation
+from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation, WeightNoise
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -66,9 +66,8 @@ def literal(name, count, **compile_options):
     return make(name, Literal, **compile_options)
 
 
-def make_models(name, count, **compile_options):
-    """Yield the names of the kinds of steps, and models that take them."""
-    yield "plain", make(name, **compile_options)
+def regularizers(count):
+    """Return the regularisers to measure, `None` for Keras's step, by the names in the tables."""
     options = {"num_sub_batches": count}
     kinds = {"closed gate": options}
     for main in ("sub_batches", "full_batch"):
@@ -76,12 +75,30 @@ def make_models(name, count, **compile_options):
         for part in (2, 4):
             kinds[f"{main}, M/{part} perturbed"] = chosen | {"num_perturbed": count // part}
         kinds[f"{main}, Hessian-vector product"] = chosen | {"estimator": "hessian_vector_product"}
-    for label, arguments in kinds.items():
-        regularizer = SubBatchPerturbation(ALPHA, BETA, **arguments)
+    infomcr = {label: SubBatchPerturbation(ALPHA, BETA, **kinds[label]) for label in kinds}
+    return {
+        "plain": None,
+        **infomcr,
+        "SAM": SharpnessAware(),
+        "ASAM": SharpnessAware(rho=0.5, adaptive=True),
+        "m-SAM": SharpnessAware(num_sub_batches=count),
+        "F-SAM": SharpnessAware(direction="noise"),
+        "weight noise": WeightNoise(),
+    }
+
+
+def make_models(name, count, kinds=None, **compile_options):
+    """Yield the names of the kinds of steps, all or those given, and models that take them."""
+    for label, regularizer in regularizers(count).items():
+        if kinds and label not in kinds:
+            continue
+        if regularizer is None:
+            yield label, make(name, **compile_options)
+            continue
         model = make(name, RegularizedModel, regularizer=regularizer, **compile_options)
         model.regularizer_active = label != "closed gate"
         yield label, model
-    if BACKEND == "tensorflow":
+    if BACKEND == "tensorflow" and not (kinds and "literal" not in kinds):
         yield "literal", literal(name, count, **compile_options)
 
 
@@ -92,9 +109,7 @@ def measure(name, batch_size, count, jit, rounds, kinds=None):
     x, y = random_data(model, batch_size)
     model.train_on_batch(x, y)  # so that no row contains what the framework does only once
     steps, first = {}, {}
-    for label, model in make_models(name, count, **compile_options):
-        if kinds and label not in kinds:
-            continue
+    for label, model in make_models(name, count, kinds, **compile_options):
         steps[label] = functools.partial(model.train_on_batch, x, y)
         first[label] = seconds_of(steps[label])
         steps[label]()  # the second call may still compile something

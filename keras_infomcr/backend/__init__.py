@@ -24,6 +24,8 @@ no use for.
   depends on row i of each of `args` alone.
 * `add_to_gradient(gradient, term)`: a gradient by the trainer, which may be sparse, and a dense
   array, added.
+* `interpolated(start, end, share)`: (1 - share) start + share end, exactly `start` at 0 and `end`
+  at 1, in one pass over the arrays where the framework offers one.
 * `widest_float()`: the name of the widest float type.
 * `float64_allowed()`: a context in which arrays of float64 can be made and used.
 * `low_precision_products()`: whether float32 matrix products round like half precision.
@@ -110,6 +112,7 @@ hessian_vector_products = _differentiation.hessian_vector_products
 jacobian = _differentiation.jacobian
 gradients_by_example = _differentiation.gradients_by_example
 add_to_gradient = _differentiation.add_to_gradient
+interpolated = _differentiation.interpolated
 widest_float = _differentiation.widest_float
 float64_allowed = _differentiation.float64_allowed
 low_precision_products = _differentiation.low_precision_products

@@ -141,7 +141,7 @@ class _PreprocessedBatches:
     def __iter__(self) -> Iterator[tuple]:
         batches = self._batches
         if isinstance(batches, keras.utils.PyDataset):
-            batches = (batches[i] for i in range(batches.num_batches))
+            batches = map(batches.__getitem__, range(batches.num_batches))
         for batch in batches:
             yield _preprocessed(batch, self._preprocess)
 

@@ -26,11 +26,9 @@ class WeightAveraging(keras.callbacks.Callback):
     flatness and all else that callbacks do at the end of an epoch, wherever they stand in the
     list. Training goes on from the training weights. When training ends the model holds the mean
     (or the best mean, if `EarlyStopping` restores it). Before the start all is as without this
-    callback. It works with any `keras.Model`.
-
-    Averaged are the trainable weights and floating-point state such as the statistics of batch
-    normalisation; not integers, seeds, and the variables of frozen layers. The mean of statistics
-    is not the statistics of the mean: pass training data as `reestimate_with`.
+    callback. It works with any `keras.Model`. Averaged are the trainable weights and state such as
+    the statistics of batch normalisation; not integers, seeds, and the variables of frozen layers.
+    The mean of statistics is not the statistics of the mean: pass data as `reestimate_with`.
 
     Keras's own `use_ema` and `SwapEMAWeights` keep an exponential mean in the optimizer, from the
     first step on, in which old weights fade; its validation has it only through `SwapEMAWeights`,
@@ -45,9 +43,9 @@ class WeightAveraging(keras.callbacks.Callback):
     another while the mean is in place: on the host, in float32 at least.
 
     Args:
-        start: `"lr_drop"`, or an integer from 0: the epoch from which weights are averaged.
-            `"lr_drop"` starts in the epoch, or at the step, whose learning rate first falls below
-            0.75 times its peak, as `StartRegAfterLRDrop` does. Defaults to `"lr_drop"`.
+        start: Integer from 0, the epoch from which weights are averaged, or `"lr_drop"`: the epoch
+            or step whose learning rate first falls below 0.75 times its peak, by which
+            `StartRegAfterLRDrop` starts. Defaults to `"lr_drop"`.
         frequency: Integer, at least 1. Take the weights every so many epochs or steps, counted
             from the start. With a cyclic rate, the length of a cycle. Defaults to 1.
         unit: `"epoch"` or `"step"`, of `frequency`. Each taking copies the weights to the host.
@@ -220,9 +218,9 @@ class WeightAveraging(keras.callbacks.Callback):
         record = averaging_record(self.model)
         if record.start_epoch is None:
             return
-        if self.unit == "epoch":
-            if (self._epoch + 1 - record.start_epoch) % self.frequency == 0:
-                self._take()
+        epochs = self._epoch + 1 - record.start_epoch
+        if self.unit == "epoch" and epochs % self.frequency == 0:
+            self._take()
         if record.count:
             self._put_mean_in_place()
 

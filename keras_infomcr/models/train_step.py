@@ -9,7 +9,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.keras_internals import all_layers, compute_loss, loss_tracker, symbolic_build
 from keras_infomcr.models.monitor import RegularizerMonitor
-from keras_infomcr.objective import Batch, Objective, copied
+from keras_infomcr.objective import Batch, Objective, copied, scales_loss
 from keras_infomcr.regularizers import Regularizer, Step
 from keras_infomcr.scalars import times
 
@@ -54,12 +54,12 @@ def train_step(
         num_weights = len(model.trainable_variables)
         _check_step(regularizer, step, replaces_main_pass, num_weights, monitor.norms)
         strength = ops.cast(regularizer.strength, backend.widest_float())
-        terms = step.gradient or step.instead or [None] * num_weights
-        terms = _scaled(unit * strength, terms)
+        terms = _scaled(unit * strength, step.gradient or [None] * num_weights)
         if step.main is None:
             return (step.value, terms, list(step.memory)), None
-        share = 1 if step.instead is None else 1 - strength
-        followed = _added(_scaled(unit * share, step.main.gradients), terms)
+        followed = _added(_scaled(unit, step.main.gradients), terms)
+        if step.instead is not None:
+            followed = _scaled(unit, _between(step.main.gradients, step.instead, strength))
         state = step.main.state or [None] * len(objective.state())
         training = _scaled(unit, step.main.gradients) if monitor.norms else []
         means = step.value, followed, list(step.memory), training, step.main.loss, state
@@ -205,8 +205,10 @@ def _gradient_unit(optimizer, num_parallel_steps):
     """Return the factor to multiply a gradient by before it is passed to the optimizer.
 
     It is the loss scale, which the optimizer divides by, over the number of parallel steps, whose
-    gradients the optimizer adds up.
+    gradients the optimizer adds up; the float 1.0 where there is neither.
     """
+    if num_parallel_steps == 1 and not scales_loss(optimizer):
+        return 1.0
     one = ops.cast(optimizer.scale_loss(ops.ones(())), backend.widest_float())
     return one / num_parallel_steps
 
@@ -218,7 +220,17 @@ def _norm(gradients):
     return ops.sqrt(sum(ops.sum(ops.square(g)) for g in means))
 
 
+def _between(gradients, others, share):
+    """Return (1 - share) gradients + share others."""
+    return [
+        g if g is None or h is None else backend.interpolated(g, h, share)
+        for g, h in zip(gradients, others)
+    ]
+
+
 def _scaled(factor, gradients):
+    if isinstance(factor, float) and factor == 1:
+        return gradients  # sparing a pass over all weights
     return [None if g is None else times(factor, g) for g in gradients]
 
 

@@ -2,7 +2,7 @@
 
 from keras_infomcr.objective.batch import Batch, joined
 from keras_infomcr.objective.objective import Objective, copied
-from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales
+from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales, scales_loss
 from keras_infomcr.objective.reductions import is_mean_over_examples, losses_of
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "is_mean_over_examples",
     "joined",
     "losses_of",
+    "scales_loss",
 ]

@@ -9,7 +9,7 @@ from keras_infomcr import backend
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.keras_internals import call_has_training_arg, compute_loss, forget_loss_ids
 from keras_infomcr.objective.batch import Batch, SubBatches
-from keras_infomcr.objective.precision import true_float32
+from keras_infomcr.objective.precision import scales_loss, true_float32
 from keras_infomcr.objective.weight_penalties import without_weight_penalties
 
 
@@ -91,10 +91,7 @@ class Objective:
 
     @property
     def _has_scale(self):
-        optimizer = None if self._float32 else self.model.optimizer
-        return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or bool(
-            getattr(optimizer, "loss_scale_factor", None)
-        )
+        return not self._float32 and scales_loss(self.model.optimizer)
 
     def evaluate_with_product(self, weights: list, state: list, batch: Batch) -> tuple:
         """Return the same, the Hessian times the gradient g, and ||g||^2."""

@@ -2,6 +2,8 @@
 
 import copy
 
+import keras
+
 from keras_infomcr.keras_internals import DTYPE_POLICY, all_layers, dtype_policy
 from keras_infomcr.objective.stand_ins import StandIn, evaluating, standing_in
 
@@ -17,6 +19,12 @@ def true_float32(model):
         or (layer.compute_dtype in HALF_PRECISION and layer.variable_dtype == "float32")
     ]
     return standing_in(layers, DTYPE_POLICY, _stand_in)
+
+
+def scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Return whether the optimizer wants gradients of the loss times a scale."""
+    dynamic = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    return dynamic or bool(getattr(optimizer, "loss_scale_factor", None))
 
 
 def float8_scales(variables):

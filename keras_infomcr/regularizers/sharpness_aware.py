@@ -195,11 +195,13 @@ class SharpnessAware(Regularizer):
         scaled = [_product(t, d) for t, d in zip(factors, directions)]
         length = norm(scaled)
         moves = ops.logical_and(length > 0, ops.isfinite(length))
-        step = ops.cast(self.rho, length.dtype) / ops.where(moves, length, 1)
-        return [
-            w if d is None else ops.where(moves, w + times(step, _product(t, d)), w)
-            for w, t, d in zip(weights, factors, scaled)
-        ]
+
+        def moved():
+            step = ops.cast(self.rho, length.dtype) / length
+            triples = zip(weights, factors, scaled)
+            return [w if d is None else w + times(step, _product(t, d)) for w, t, d in triples]
+
+        return backend.cond(moves, moved, lambda: list(weights))
 
     def _refuse_if_uncuttable(self, model):
         received = f"num_sub_batches={self.num_sub_batches}"

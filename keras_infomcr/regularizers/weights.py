@@ -32,7 +32,8 @@ def norm(arrays: Sequence) -> Any:
     for array in arrays:
         if array is not None:
             array = ops.cast(array, at_least_float32(array))
-            total = total + ops.cast(ops.sum(ops.square(array)), total.dtype)
+            length = ops.norm(ops.reshape(array, (-1,)))
+            total = total + ops.square(ops.cast(length, total.dtype))
     return ops.sqrt(total)
 
 

@@ -67,6 +67,7 @@ def test_tables_of_all_reports_go_between_the_markers(tmp_path):
     ("benchmark", "document"),
     [
         ("step_cost", "step_cost.md"),
+        ("sam", "step_cost.md"),
         ("gamma_hat", "gamma_hat.md"),
         ("scaling", "distributed.md"),
         ("flatness", "flatness.md"),

@@ -243,14 +243,30 @@ class Halved(keras.Model):
         return super().fit(*self.preprocess_samples(x, y), **kwargs)
 
 
+class OfUsers(keras.utils.PyDataset):
+    """Two batches of what users have."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self._x, self._y = x, y
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rows = slice(0, 8) if index == 0 else slice(8, None)
+        return {"of_users": self._x[rows]}, self._y[rows]
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        OfUsers,
         lambda x, y: ({"of_users": x}, y),
         lambda x, y: ({"of_users": x}, y, np.ones(20)),
         lambda x, y: [({"of_users": x[:8]}, y[:8]), ({"of_users": x[8:]}, y[8:])],
     ],
-    ids=["arrays", "weighted", "batches"],
+    ids=["dataset", "arrays", "weighted", "batches"],
 )
 def test_a_model_that_preprocesses_its_data_is_measured_on_what_it_sees(data, make):
     x, y = data

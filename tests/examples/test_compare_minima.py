@@ -10,6 +10,7 @@ from keras_infomcr import flatness
 
 # Gamma is affine in gamma-hat; the others give several numbers, or none of a model.
 NOT_COMPARED = {
+    "reestimate_batch_norm",
     *("gamma", "gamma_hat_by_layer", "hessian_spectral_density", "hessian_top_eigenvalues"),
     *("pac_bayes_bound", "plot"),
 }

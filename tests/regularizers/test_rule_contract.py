@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, numpy, only_on
 from keras import ops
-from toy_rules import CUTTING, DRAWING, RULES, Anchored
+from toy_rules import CUTTING, DRAWING, RULES, VARIANTS, Anchored
 
 from keras_infomcr import RegularizedModel, regularizers
 from keras_infomcr.objective import Objective
@@ -27,7 +27,10 @@ TRUE = draw.normal(size=(3, 2))
 Y = X @ TRUE
 START = draw.normal(size=(3, 2))
 
-with_rule = pytest.mark.parametrize("name", list(RULES))
+with_every_rule = pytest.mark.parametrize("name", list(RULES))
+with_rule = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in RULES]
+)
 
 
 def linear(base=RegularizedModel):
@@ -81,7 +84,7 @@ def gradient(w, x, y):
     return (2 / (2 * len(x)) * x.T @ (x @ w.reshape(3, 2) - y)).ravel()
 
 
-@with_rule
+@with_every_rule
 def test_steps_are_those_of_the_oracle(name, float64):
     """Three steps over batches of four and two; each rounds some 1e-15."""
     make, oracle = RULES[name]

@@ -110,3 +110,6 @@ CUTTING = {"m_sam"}
 
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
+
+# Rules with other arguments, which CI alone tries in full.
+VARIANTS = {"asam", "m_sam", "friendly_sam"}

@@ -111,6 +111,12 @@ def add_to_gradient(gradient: jax.Array, term: jax.Array) -> jax.Array:
     return gradient + term
 
 
+def interpolated(start: jax.Array, end: jax.Array, share: jax.Array) -> jax.Array:
+    """Return (1 - share) start + share end."""
+    share = jax.numpy.asarray(share, start.dtype)
+    return (1 - share) * start + share * end
+
+
 def widest_float() -> str:
     """Return `"float64"` where `jax_enable_x64` is set, else `"float32"`."""
     return "float64" if jax.config.jax_enable_x64 else "float32"

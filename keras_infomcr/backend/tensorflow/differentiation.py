@@ -121,6 +121,12 @@ def add_to_gradient(gradient, term: tf.Tensor):
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
+def interpolated(start: tf.Tensor, end: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """Return (1 - share) start + share end."""
+    share = tf.cast(share, start.dtype)
+    return (1 - share) * start + share * end
+
+
 def widest_float() -> str:
     """Return `"float64"`."""
     return "float64"

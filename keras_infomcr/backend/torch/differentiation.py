@@ -131,6 +131,11 @@ def add_to_gradient(gradient: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
     return gradient + term
 
 
+def interpolated(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Return (1 - share) start + share end."""
+    return torch.lerp(start, end, keras.ops.cast(share, start.dtype))
+
+
 def widest_float() -> str:
     """Return `"float64"`, `"float32"` on devices of Apple, which have no other."""
     device = keras.ops.zeros(()).device.type
