@@ -25,8 +25,8 @@ Run
 
     python examples/compare_methods.py
 
-It takes FILLTIME on two CPU cores, in two processes; with `--seeds 2 --epochs 4` half a minute. You
-will see the tables, and a picture in output/compare_methods.png.
+It takes some five minutes on two CPU cores, in two processes; with `--seeds 2 --epochs 4` about
+one. You will see the tables, and a picture in output/compare_methods.png.
 
 How to read the tables: "difference" is the mean over the seeds of the test accuracy less that of
 the plain run of the same seed, in percentage points, with its 95 % interval (Student's t). p is the
@@ -39,7 +39,47 @@ below 0.05 is no surprise: corrected for their number (Holm), no p can be below 
 What to expect:
 
 <!-- compare_methods: begin -->
+8 seeds, 40 epochs (tensorflow 2.21.0, Keras 3.15.1, 2 CPU cores)
+
+**right labels**
+
+| method | setting | test accuracy | difference | 95 % interval | p | verdict |
+|---|---|---:|---:|---:|---:|---|
+| plain | rate 0.05 | 97.88 % | | | | |
+| plain, twice the epochs | rate 0.05 | 98.01 % | +0.13 | -0.01 to +0.26 | 0.047 | alike |
+| InfoMCR | beta 10 | 97.88 % | +0.00 | +0.00 to +0.00 | 1.000 | alike |
+| SAM | rho 0.2 | 97.46 % | -0.42 | -0.82 to -0.02 | 0.062 | worse |
+| SAM, last 30 % | rho 0.5 | 98.13 % | +0.25 | +0.18 to +0.32 | 0.008 | better |
+| m-SAM | rho 0.05 | 97.92 % | +0.04 | -0.30 to +0.38 | 0.812 | alike |
+| ASAM | rho 0.25 | 97.92 % | +0.04 | -0.28 to +0.36 | 0.719 | alike |
+| noise | std 0.005 | 97.99 % | +0.11 | -0.11 to +0.33 | 0.250 | alike |
+| averaging | start 0.9 | 97.87 % | -0.01 | -0.05 to +0.02 | 1.000 | alike |
+
+**10 % wrong labels**
+
+| method | setting | test accuracy | difference | 95 % interval | p | verdict |
+|---|---|---:|---:|---:|---:|---|
+| plain | rate 0.02 | 93.80 % | | | | |
+| plain, twice the epochs | rate 0.02 | 93.32 % | -0.47 | -0.93 to -0.02 | 0.062 | worse |
+| InfoMCR | beta 1 | 93.66 % | -0.14 | -0.27 to -0.01 | 0.062 | worse |
+| SAM | rho 0.2 | 95.58 % | +1.78 | +0.90 to +2.67 | 0.008 | better |
+| SAM, last 30 % | rho 0.5 | 94.98 % | +1.18 | +0.52 to +1.85 | 0.016 | better |
+| m-SAM | rho 0.2 | 96.46 % | +2.66 | +2.06 to +3.26 | 0.008 | better |
+| ASAM | rho 2 | 95.72 % | +1.92 | +1.14 to +2.70 | 0.008 | better |
+| noise | std 0.05 | 96.28 % | +2.48 | +1.85 to +3.11 | 0.008 | better |
+| averaging | start 0.25 | 94.33 % | +0.53 | +0.16 to +0.90 | 0.023 | better |
 <!-- compare_methods: end -->
+
+With wrong labels SAM, its relatives and the noise gain 1.2 to 2.7 points, averaging half a point.
+They learn fewer of the wrong labels by heart: plain training ends with 99 % of the given training
+labels right, m-SAM with 91 %. Twice the epochs do harm, for they learn more of them. With right
+labels no difference reaches half a point. InfoMCR, tuned, changes next to nothing here; it gains in
+the quickstart, whose learning rate is five times as large and was not tuned.
+
+What this does not show: plain training that is stopped early is not among the methods. Some of the
+best values lie at an end of their grid (`TUNED`), where a wider grid might gain more. For plain
+training on wrong labels, whose best rate does too, half that rate was tried afterwards: as good
+within one image (94.0 and 93.9 % in validation). And all is one small network on few small images.
 """
 
 import argparse

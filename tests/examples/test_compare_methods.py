@@ -163,7 +163,18 @@ def test_the_report_is_of_the_present_settings_and_stands_in_the_docs(path):
         assert row["split"] == "test"
     seeds = 2 * len(compare_methods.GRIDS) * [*range(8)]
     assert [row["seed"] for row in report["rows"]] == seeds
-    assert compare_methods.table(report) in path.read_text()
+    text = path.read_text()
+    assert compare_methods.table(report) in text
+    # What the text says in words.
+    gains = [
+        compare_methods.compare(report["rows"], WRONG, method)["mean"]
+        for method in ("SAM", "SAM, last 30 %", "m-SAM", "ASAM", "noise")
+    ]
+    assert f"gain {min(gains):.1f} to {max(gains):.1f} points" in text
+    for method in (compare_methods.PLAIN, "m-SAM"):
+        chosen = [r for r in report["rows"] if (r["labels"], r["method"]) == (WRONG, method)]
+        share = np.mean([r["training_accuracy"] for r in chosen])
+        assert f"with {share:.0%}".replace("%", " %") in text
 
 
 def test_every_rule_and_its_options_stand_on_the_page():
