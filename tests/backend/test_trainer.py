@@ -53,7 +53,10 @@ def scaled():
     return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
 
 
-@pytest.mark.parametrize("optimizer", [adam, clipped, accumulating, scaled])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(x, marks=pytest.mark.slow) for x in (adam, clipped)] + [accumulating, scaled],
+)
 def test_main_pass_and_optimizer_step_are_those_of_keras(optimizer):
     found = []
     for base in (Net, Stepping):

@@ -98,11 +98,11 @@ def lower_at(epoch):
     [
         pytest.param({"start": 0}, [1, 3, 5, 7], marks=pytest.mark.slow),
         ({"start": 2}, [5, 7]),
-        ({"start": 1, "frequency": 2}, [5]),
+        pytest.param({"start": 1, "frequency": 2}, [5], marks=pytest.mark.slow),
         pytest.param({"start": 1, "unit": "step"}, [2, 3, 4, 5, 6, 7], marks=pytest.mark.slow),
         ({"start": 1, "unit": "step", "frequency": 3}, [4, 7]),
         ({}, [5, 7]),
-        ({"unit": "step", "frequency": 2}, [5, 7]),
+        pytest.param({"unit": "step", "frequency": 2}, [5, 7], marks=pytest.mark.slow),
     ],
 )
 def test_mean_is_that_of_numpy(settings, taken):
@@ -124,8 +124,8 @@ def test_training_is_that_without_averaging_to_the_bit():
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize("validation", [True, False])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("validation", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_mean_is_in_place_from_the_end_of_an_epoch_to_the_next(first, validation):
     model, recorder = compiled(), Recorder()
     averaging = WeightAveraging(1)
@@ -184,7 +184,8 @@ def test_statistics_are_reestimated_once_for_a_mean(monkeypatch):
 
 
 def positions(count=2):
-    return pytest.mark.parametrize("position", range(count))
+    first = pytest.param(0, marks=pytest.mark.slow)
+    return pytest.mark.parametrize("position", [first, *range(1, count)])
 
 
 def inserted(others, position, averaging):

@@ -65,7 +65,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
 def test_methods_are_the_functions_in_any_order(net, training):
     """With a seed each call draws the same, whatever was called before."""
     settings = {"num_examples": 8, "num_trials": 2, "chunk_size": 5, "seed": 3}

@@ -41,7 +41,9 @@ def train(data, **kwargs):
     return model.fit(epochs=2, shuffle=False, verbose=0, callbacks=[callback], **kwargs).history
 
 
-@pytest.mark.parametrize("make", [Batches, dataset, data_loader])
+@pytest.mark.parametrize(
+    "make", [Batches, dataset, pytest.param(data_loader, marks=pytest.mark.slow)]
+)
 def test_data_of_any_kind(make):
     data = make()
     logs = train(data, x=data)

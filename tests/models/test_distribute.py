@@ -109,7 +109,8 @@ ONE_DEVICE = tf.distribute.get_strategy()
 
 
 @pytest.mark.parametrize(
-    ("main", "size", "made_inside"), [("full_batch", 8, True), ("auto", 4, False)]
+    ("main", "size", "made_inside"),
+    [("full_batch", 8, True), pytest.param("auto", 4, False, marks=pytest.mark.slow)],
 )
 def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_inside):
     """There are four sub-batches. In batches of four, each is one example, which must not warn."""
@@ -232,7 +233,8 @@ def test_replicas_stay_the_same_to_the_bit(mirrored):
     np.testing.assert_array_equal(*replicas(model))
 
 
-@pytest.mark.parametrize("act", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [True, False])
 def test_overflow_on_one_replica_skips_the_step_on_all(mirrored, act):
     """The last example, which the second replica sees, overflows float16."""
     keras.config.set_dtype_policy("mixed_float16")

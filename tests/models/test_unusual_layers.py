@@ -330,7 +330,10 @@ def quantized(policy):
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda *data: flatness.gamma_hat(*data, num_examples=5, num_trials=4, seed=0),
+        pytest.param(
+            lambda *data: flatness.gamma_hat(*data, num_examples=5, num_trials=4, seed=0),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda *data: flatness.hessian_trace(*data, seed=0), marks=pytest.mark.slow),
     ],
     ids=["gamma_hat", "hessian_trace"],
@@ -345,6 +348,7 @@ def test_quantized_layers_stay_quantized_in_float32(rng, measure):
     np.testing.assert_allclose(half.value, full.value, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_contribution_of_quantized_layers_is_that_of_float32(rng):
     x, y = rng.normal(size=(20, 4)).astype("float32"), rng.integers(3, size=20)
     values = []

@@ -50,7 +50,11 @@ def test_sub_batches_draw_numbers_of_their_own():
     assert not np.allclose(first, second) and not np.allclose(second, third)
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_same_numbers_are_drawn_within_a_training_step(rng, mode):
     x, y = rng.normal(size=(6, 30)).astype("float32"), np.zeros((6, 2), "float32")
     model = linear_model(**mode)

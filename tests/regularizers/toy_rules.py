@@ -111,5 +111,5 @@ CUTTING = {"m_sam"}
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
 
-# Rules with other arguments, which CI alone tries in full.
-VARIANTS = {"asam", "m_sam", "friendly_sam"}
+# Rules with other arguments, and the rule of the tests alone, which CI tries in full.
+VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored"}
