@@ -36,7 +36,9 @@ def operations(num_sub_batches, **kwargs):
     [
         # Predictions are taken out of the loop: an index, a shape, a read.
         pytest.param({"main_gradient": "sub_batches"}, 3, marks=pytest.mark.slow),
-        ({"main_gradient": "sub_batches", "num_perturbed": 2}, 3),
+        pytest.param(
+            {"main_gradient": "sub_batches", "num_perturbed": 2}, 3, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"main_gradient": "sub_batches", "estimator": "hessian_vector_product"},
             3,

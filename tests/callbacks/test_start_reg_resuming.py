@@ -69,8 +69,10 @@ def run(mechanism, directory, until=None, order=(0, 1, 2), make=functional, epoc
         assert until is not None
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=str)
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize(
+    "order", [pytest.param((0, 1, 2), marks=pytest.mark.slow), (2, 1, 0)], ids=str
+)
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mechanism", RESUMABLE)
 def test_resumes_with_backup_and_restore(mechanism, epoch, order, tmp_path):
     run(mechanism, tmp_path, epoch, order)
@@ -80,7 +82,9 @@ def test_resumes_with_backup_and_restore(mechanism, epoch, order, tmp_path):
     assert_opened_at(first_drop())
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "epoch", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_resumes_where_the_backup_is_made_before_the_drop_of_its_epoch(epoch, tmp_path):
     run("ReduceLROnPlateau", tmp_path, epoch, order=(1, 0, 2))
     run("ReduceLROnPlateau", tmp_path, order=(1, 0, 2), epochs=5)
@@ -118,7 +122,7 @@ def test_resumes_twice(mechanism, tmp_path):
     assert_opened_at(first_drop())
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mechanism", ["ReduceLROnPlateau", "PiecewiseConstantDecay"])
 def test_resumes_a_wrapped_model(mechanism, epoch, tmp_path):
     run(mechanism, tmp_path, epoch, make=wrapped)
@@ -126,8 +130,8 @@ def test_resumes_a_wrapped_model(mechanism, epoch, tmp_path):
     assert_opened_at(first_drop())
 
 
-@pytest.mark.parametrize("make", [functional, wrapped])
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("make", [functional, pytest.param(wrapped, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mechanism", ["ReduceLROnPlateau", "CosineDecay with warm-up"])
 def test_resumes_from_a_file(mechanism, epoch, make, tmp_path):
     model, callbacks = prepared(mechanism, make)

@@ -143,7 +143,7 @@ def test_update_equals_that_of_one_device_in_float32(mirrored):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"main_gradient": "full_batch"},
+        pytest.param({"main_gradient": "full_batch"}, marks=pytest.mark.slow),
         pytest.param({"main_gradient": "sub_batches"}, marks=pytest.mark.slow),
         pytest.param({"estimator": "hessian_vector_product"}, marks=pytest.mark.slow),
     ],

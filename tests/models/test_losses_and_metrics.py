@@ -60,7 +60,9 @@ def test_class_weight():
     )
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize(
+    "reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"]
+)
 def test_reduction_of_the_loss(reduction):
     loss = keras.losses.MeanSquaredError(reduction=reduction)
     check_training(
