@@ -44,7 +44,7 @@ def operations(num_sub_batches, **kwargs):
             3,
             marks=pytest.mark.slow,
         ),
-        ({"main_gradient": "full_batch"}, 0),
+        pytest.param({"main_gradient": "full_batch"}, 0, marks=pytest.mark.slow),
         pytest.param(
             {"main_gradient": "full_batch", "num_perturbed": 2}, 0, marks=pytest.mark.slow
         ),
@@ -61,6 +61,7 @@ def test_graph_does_not_grow_with_the_sub_batches(options, of_each):
     assert growth <= of_each * 12
 
 
+@pytest.mark.slow
 def test_pass_over_a_sub_batch_is_traced_once():
     # Two layers: two products forwards, three backwards, as the inputs need no gradient.
     assert operations(8, main_gradient="sub_batches").count("MatMul") == 5

@@ -105,9 +105,8 @@ def test_keys_stand_in_the_logs_of_each_epoch(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "base", [pytest.param(keras.Sequential, marks=pytest.mark.slow), RegularizedModel]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [keras.Sequential, RegularizedModel])
 def test_training_is_the_same_to_the_bit_with_and_without(data, base):
     def trained(*measures):
         keras.utils.set_random_seed(0)

@@ -131,6 +131,7 @@ def test_update_equals_that_of_one_device(mirrored, float64, main, size, made_in
     np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_update_equals_that_of_one_device_in_float32(mirrored):
     model, _ = train(mirrored, num_sub_batches=2)
     expected, _ = train(ONE_DEVICE, num_sub_batches=2, eagerly=True)
