@@ -17,9 +17,10 @@ import keras
 import models  # noqa: F401  (makes the modules of the examples importable)
 import numpy as np
 import report as reports
+from compare_methods import make_model
 from images import digits
 
-from keras_infomcr import RegularizedModel, StartRegAfterLRDrop
+from keras_infomcr import StartRegAfterLRDrop
 from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation
 
 RULES = {
@@ -45,13 +46,7 @@ RULES = {
 def make(rule, drop_step):
     """Return the network of the quickstart, compiled."""
     keras.utils.set_random_seed(0)
-    inputs = x = keras.Input((8, 8, 1))
-    for filters in (16, 32):
-        x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        x = keras.layers.BatchNormalization(momentum=0.9)(x)
-        x = keras.layers.Activation("relu")(x)
-        x = keras.layers.MaxPooling2D()(x)
-    model = RegularizedModel(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    model = make_model()
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([drop_step], [0.1, 0.02])
     model.compile(
         keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
