@@ -57,8 +57,9 @@ def train_step(
         terms = _scaled(unit * strength, step.gradient or [None] * num_weights)
         if step.main is None:
             return (step.value, terms, list(step.memory)), None
-        followed = _added(_scaled(unit, step.main.gradients), terms)
-        if step.instead is not None:
+        if step.instead is None:
+            followed = _added(_scaled(unit, step.main.gradients), terms)
+        else:
             followed = _scaled(unit, _between(step.main.gradients, step.instead, strength))
         state = step.main.state or [None] * len(objective.state())
         training = _scaled(unit, step.main.gradients) if monitor.norms else []

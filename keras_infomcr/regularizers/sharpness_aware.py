@@ -69,9 +69,10 @@ class SharpnessAware(Regularizer):
         rho: The live radius, a `keras.Variable`. Assign a float to change it.
 
     Raises:
-        ValueError: If an argument is out of its range; in `fit`, if `adaptive=True` and weights
-            are of half precision, or if `num_sub_batches` is greater than 1 and the loss is no mean
-            over the examples.
+        ValueError: If an argument is out of its range; in `compile`, if `num_sub_batches` is
+            greater than 1 and the loss is no mean over the examples; in `fit`, if `adaptive=True`
+            and weights are of half precision, if layers are quantised to float8, or if one assigns
+            its own trainable weights when it is called (`SpectralNormalization`).
 
     Example:
 

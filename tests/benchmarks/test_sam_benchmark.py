@@ -54,9 +54,12 @@ def test_times_of_other_computations_are_not_compared(ours, plain):
         check(ours, plain)
 
 
-@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="no transcription for it")
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="there is no transcription of SAM for TensorFlow",
+)
 def test_the_transcription_takes_the_step_of_sharpness_aware():
     if keras.backend.backend() == "jax":
-        pytest.importorskip("optax")
+        pytest.importorskip("optax", reason="optax is not installed")
     rows = sam.measure("mlp", batch_size=16, rounds=1, seconds=0.0)
     assert [row["step"] for row in rows] == [sam.PLAIN, sam.OURS, *sam.OTHERS[sam.BACKEND]]
