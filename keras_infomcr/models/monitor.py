@@ -11,7 +11,7 @@ from keras_infomcr.scalars import to_float
 
 
 class RegularizerMonitor:
-    """Keeps the mean over an epoch of a regulariser's value, and of the norm of what it adds.
+    """Keeps the means over an epoch of a regulariser's values, and of the norm of what it adds.
 
     Not a `keras.metrics.Metric` on the model: those are returned by `evaluate` and
     `train_on_batch`, which return what a plain `keras.Model` returns.
@@ -30,20 +30,24 @@ class RegularizerMonitor:
         self.key = regularizer.log_key
         self.num_sub_batches = regularizer.num_sub_batches
         self.mean = keras.metrics.Mean(name=self.key)
+        self.further = {name: keras.metrics.Mean(name=name) for name in regularizer.further_logs}
         self.relative_norm = keras.metrics.Mean(name=f"{self.key}_relative_norm")
         self.full_batches = keras.metrics.Sum(name="full_batches")
         self.awaited = False
         self._warned = set()
 
-    def update(self, value, batch_size, num_parallel_steps):
-        """Take in the value on a batch; part of the compiled training step.
+    def update(self, value, further, batch_size, num_parallel_steps):
+        """Take in the values on a batch; part of the compiled training step.
 
         Args:
             value: Scalar array.
+            further: Dictionary of scalar arrays, by the names in `further_logs`.
             batch_size: Integer or scalar array, the number of examples in the step.
             num_parallel_steps: Integer, how many such steps share the batch.
         """
         self.mean.update_state(value, sample_weight=batch_size)
+        for name, mean in self.further.items():
+            mean.update_state(further[name], sample_weight=batch_size)
         is_full = batch_size * num_parallel_steps >= self.num_sub_batches
         if isinstance(batch_size, int):
             is_full = 1.0 if is_full else 0.0
@@ -60,7 +64,7 @@ class RegularizerMonitor:
 
     @property
     def metrics(self):
-        return [self.mean, self.relative_norm, self.full_batches]
+        return [self.mean, *self.further.values(), self.relative_norm, self.full_batches]
 
     @property
     def variables(self):
@@ -68,12 +72,10 @@ class RegularizerMonitor:
 
     def logs(self):
         """Return what the logs of an epoch hold."""
-        logs = {self.key: self.result()}
-        if self.norms:
-            acted = to_float(self.relative_norm.count)
-            norm = to_float(self.relative_norm.result()) if acted else math.nan
-            logs[self.relative_norm.name] = norm
-        return logs
+        means = [*self.further.values(), *([self.relative_norm] if self.norms else [])]
+        acted = {mean.name: to_float(mean.count) for mean in means}
+        found = {m.name: to_float(m.result()) if acted[m.name] else math.nan for m in means}
+        return {self.key: self.result()} | found
 
     def reset(self):
         """Begin an epoch."""

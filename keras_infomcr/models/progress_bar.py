@@ -21,6 +21,6 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     def on_epoch_end(self, epoch, logs=None):
         if not to_float(self.monitor.mean.count):
-            key = self.monitor.key
-            logs = {name: value for name, value in (logs or {}).items() if name != key}
+            ours = {self.monitor.key, *self.monitor.further}
+            logs = {name: value for name, value in (logs or {}).items() if name not in ours}
         super().on_epoch_end(epoch, logs)

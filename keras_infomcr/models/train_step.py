@@ -9,7 +9,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.keras_internals import all_layers, compute_loss, loss_tracker, symbolic_build
 from keras_infomcr.models.monitor import RegularizerMonitor
-from keras_infomcr.objective import Batch, Objective, copied, scales_loss
+from keras_infomcr.objective import Batch, Objective, copied, penalty_and_gradients, scales_loss
 from keras_infomcr.regularizers import Regularizer, Step
 from keras_infomcr.scalars import times
 
@@ -56,20 +56,21 @@ def train_step(
         strength = ops.cast(regularizer.strength, backend.widest_float())
         terms = _scaled(unit * strength, step.gradient or [None] * num_weights)
         if step.main is None:
-            return (step.value, terms, list(step.memory)), None
+            return (step.value, step.logs, terms, list(step.memory)), None
         if step.instead is None:
             followed = _added(_scaled(unit, step.main.gradients), terms)
         else:
             followed = _scaled(unit, _between(step.main.gradients, step.instead, strength))
         state = step.main.state or [None] * len(objective.state())
         training = _scaled(unit, step.main.gradients) if monitor.norms else []
-        means = step.value, followed, list(step.memory), training, step.main.loss, state
+        of_main = training, step.main.loss, state
+        means = step.value, step.logs, followed, list(step.memory), *of_main
         return means, step.main.predictions
 
     means, predictions = backend.over_replicas(on_replica)(batch)
-    value, terms, memory, *main_pass = means
+    value, logs, terms, memory, *main_pass = means
     batch_size = backend.batch_size(batch)
-    monitor.update(value, batch_size, num_parallel_steps)
+    monitor.update(value, logs, batch_size, num_parallel_steps)
     for variable, new in zip(regularizer.memory, memory):
         of_floats = "float" in keras.backend.standardize_dtype(variable.dtype)
         # So that all replicas remember the same, and a file holds what they all go on from.
@@ -77,6 +78,8 @@ def train_step(
     if replaces_main_pass:
         y_pred, (training, *main_pass) = predictions, main_pass
         penalty_gradients = _finish_main_pass(model, x, y, y_pred, sample_weight, *main_pass)
+        if regularizer.includes_penalties:
+            penalty_gradients = [None] * len(terms)
         penalties = _scaled(unit, penalty_gradients)
         added = [None if t is None else _add(t, -g) for t, g in zip(terms, training)]
         training = [p if g is None else _add(g, p) for p, g in zip(penalties, training)]
@@ -140,6 +143,11 @@ def _check_step(regularizer, step, replaces_main_pass, num_weights, norms):
                 f"`{name}` must hold a gradient, or `None`, for each trainable variable. Received: "
                 f"{len(gradients)} gradients for {num_weights} variables from {rule}."
             )
+    if sorted(step.logs) != sorted(regularizer.further_logs):
+        raise ValueError(
+            "`Step.logs` must hold a value for each name of the regulariser's `further_logs`. "
+            f"Received: {sorted(step.logs)} for {sorted(regularizer.further_logs)} from {rule}."
+        )
     if len(step.memory) != len(regularizer.memory):
         raise ValueError(
             "`Step.memory` must hold a new value for each variable of the regulariser's `memory`. "
@@ -176,7 +184,8 @@ def _finish_main_pass(model, x, y, y_pred, sample_weight, loss, state):
     if model.loss is not None or type(model).compute_loss is not keras.Model.compute_loss:
         # For what is tracked on the way to the total: losses of single outputs, a user's metrics.
         compute_loss(model, x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-    penalty, gradients = _weight_penalties(model.trainable_variables)
+    trainable = model.trainable_variables
+    penalty, gradients = penalty_and_gradients(trainable, [ops.copy(v) for v in trainable])
     loss = loss + ops.cast(penalty, loss.dtype)
     loss_tracker(model).update_state(loss, sample_weight=backend.batch_size(x))
     variables, of_metrics = model.non_trainable_variables, {id(v) for v in model.metrics_variables}
@@ -187,19 +196,6 @@ def _finish_main_pass(model, x, y, y_pred, sample_weight, loss, state):
             variable.assign(backend.mean_over_steps(value) if id(variable) in shared else value)
     backend.set_random_state(state[len(variables) :])
     return gradients
-
-
-def _weight_penalties(variables):
-    """Return the sum of the weight penalties and its gradients."""
-    if not any(v.regularizer for v in variables):
-        return 0.0, [None] * len(variables)
-
-    def penalty(weights):
-        terms = [ops.sum(v.regularizer(w)) for v, w in zip(variables, weights) if v.regularizer]
-        return sum(terms), None
-
-    (value, _), gradients = backend.value_and_grad(penalty)([ops.copy(v) for v in variables])
-    return value, gradients
 
 
 def _gradient_unit(optimizer, num_parallel_steps):

@@ -4,6 +4,7 @@ from keras_infomcr.objective.batch import Batch, joined
 from keras_infomcr.objective.objective import Objective, copied
 from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales, scales_loss
 from keras_infomcr.objective.reductions import is_mean_over_examples, losses_of
+from keras_infomcr.objective.weight_penalties import penalty_and_gradients
 
 __all__ = [
     "HALF_PRECISION",
@@ -14,5 +15,6 @@ __all__ = [
     "is_mean_over_examples",
     "joined",
     "losses_of",
+    "penalty_and_gradients",
     "scales_loss",
 ]

@@ -10,7 +10,10 @@ from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.keras_internals import call_has_training_arg, compute_loss, forget_loss_ids
 from keras_infomcr.objective.batch import Batch, SubBatches
 from keras_infomcr.objective.precision import scales_loss, true_float32
-from keras_infomcr.objective.weight_penalties import without_weight_penalties
+from keras_infomcr.objective.weight_penalties import (
+    penalty_and_gradients,
+    without_weight_penalties,
+)
 
 
 class Objective:
@@ -138,6 +141,10 @@ class Objective:
             backend.modules_at_variables(model),
         ):
             yield lambda x: backend.forward(model, x, **kwargs), scope
+
+    def penalty_gradients(self, weights: list) -> list:
+        """Return the gradients of the weight penalties, `None` where there is none."""
+        return penalty_and_gradients(self.model.trainable_variables, weights)[1]
 
     def mean_over_replicas(self, arrays: list) -> list:
         """Return the means over the replicas of a list of arrays and `None`, in a rule."""

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,12 +25,13 @@ class Step:
             loss does not depend on is left alone.
         main: `Evaluation` that replaces Keras's own pass over the batch, for a regulariser whose
             `replaces_main_pass` returns `True`: its gradients are followed (with the gradients of
-            weight penalties, which no regulariser needs to compute), its loss and predictions are
+            weight penalties, unless `includes_penalties` is set), its loss and predictions are
             reported to the metrics, and its state is kept. Else `None`: Keras makes that pass.
         memory: List of arrays, the new values of the regulariser's `memory`.
         instead: List of arrays and `None` like the weights, or `None`; given with `main` alone.
             What to follow instead of the gradients g of `main`: the step follows
             (1 - strength) g + strength * instead, which is `instead` itself at strength 1.
+        logs: Dictionary of scalar arrays, by the names in the regulariser's `further_logs`.
     """
 
     value: Any
@@ -38,6 +39,7 @@ class Step:
     main: Evaluation | None = None
     memory: Sequence = ()
     instead: list | None = None
+    logs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Regularizer(abc.ABC):
@@ -90,6 +92,10 @@ class Regularizer(abc.ABC):
             to none.
         num_sub_batches: Integer, into how many sub-batches a batch should be cut; a run whose
             batches are all smaller is warned of. Defaults to 1.
+        further_logs: Sequence of strings, names of further values in the logs of `fit`, each the
+            mean over the epoch, as the one of `Step.value`. Defaults to none.
+        includes_penalties: Boolean, whether the gradients of `Step.main` hold those of the weight
+            penalties already (`objective.penalty_gradients(weights)`). Defaults to `False`.
         float32: Boolean, whether the objective is evaluated in float32 at least, whatever the
             dtype policy, as rules need that take small differences. Defaults to `True`.
 
@@ -130,6 +136,8 @@ class Regularizer(abc.ABC):
 
     num_sub_batches: int = 1
     float32: bool = True
+    includes_penalties: bool = False
+    further_logs: Sequence[str] = ()
     memory: Sequence[keras.Variable] = ()
 
     strength = Live(validation.non_negative)

@@ -126,7 +126,8 @@ def test_zero_strength_is_plain_keras(name, mode):
     exact = name not in CUTTING and BACKEND != "jax"
     tolerance = {"atol": 0 if exact else 1e-6}
     assert_same(ours, plain, **tolerance)
-    assert logs.keys() - expected.keys() == {ours.regularizer.log_key}
+    rule = ours.regularizer
+    assert logs.keys() - expected.keys() == {rule.log_key, *rule.further_logs}
     for key in expected:
         np.testing.assert_allclose(logs[key], expected[key], rtol=0, **tolerance)
 
@@ -320,6 +321,7 @@ def test_the_example_of_the_base_class_is_sharpness_aware_minimisation(float64):
         ((0.0, None), TypeError, "must return a `Step`. Received: .* from Returning"),
         (Step(0.0, main=(0.0, [])), ValueError, "if, and only if, `replaces_main_pass`"),
         (Step(0.0, instead=[None]), ValueError, "`Step.instead` must be given with `Step.main`"),
+        (Step(0.0, logs={"a": 1.0}), ValueError, r"`further_logs`. Received: \['a'\] for \[\]"),
         (Step(0.0, memory=[1.0]), ValueError, "Received: 1 values for 0 variables from Returning"),
         (Step(0.0, gradient=[None] * 2), ValueError, "`Step.gradient`.*2 gradients for 1 variab"),
     ],
@@ -337,6 +339,55 @@ def test_what_breaks_the_contract_is_said(step, error, message):
     with pytest.raises(error, match=message):
         model.train_on_batch(X, Y)
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+class Logging(Regularizer):
+    """Logs the loss of the batch by another name, and adds the penalties itself if asked."""
+
+    further_logs = ("loss_without_penalties",)
+
+    def __init__(self, includes_penalties):
+        super().__init__(1.0)
+        self.includes_penalties = includes_penalties
+
+    def replaces_main_pass(self, model):
+        return True
+
+    def __call__(self, objective, batch, memory):
+        weights = objective.weights()
+        main = objective.evaluate(weights, objective.state(), batch)
+        if self.includes_penalties:
+            pairs = zip(main.gradients, objective.penalty_gradients(weights))
+            main = main._replace(gradients=[g if p is None else g + p for g, p in pairs])
+        return Step(0.0, main=main, logs={"loss_without_penalties": main.loss})
+
+    def get_config(self):
+        return {"includes_penalties": self.includes_penalties}
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_penalties_count_once_and_further_values_are_means_over_examples(itself, float64):
+    def penalised(base):
+        inputs = keras.Input((3,))
+        layer = keras.layers.Dense(2, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1))
+        model = base(inputs, layer(inputs))
+        model.set_weights([START])
+        return model
+
+    rule = Logging(itself)
+    ours, logs = fitted(compiled(penalised(RegularizedModel), rule), 1)
+    plain, expected = fitted(compiled(penalised(keras.Model)), 1)
+    assert_same(ours, plain, atol=1e-14)
+    # The metrics of the logs are float32, whose digits end at 1e-7.
+    np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-6)
+    w = START
+    losses = [np.mean((X[:4] @ w - Y[:4]) ** 2)]
+    w = w - RATE * (gradient(w.ravel(), X[:4], Y[:4]).reshape(3, 2) + 0.2 * w)
+    losses.append(np.mean((X[4:] @ w - Y[4:]) ** 2))
+    mean = (4 * losses[0] + 2 * losses[1]) / 6
+    np.testing.assert_allclose(logs["loss_without_penalties"], mean, rtol=1e-6)
+    ours.regularizer_active = False
+    assert np.isnan(fitted(ours, 1)[1]["loss_without_penalties"][0])
 
 
 @keras.saving.register_keras_serializable("keras_infomcr_tests")
