@@ -101,12 +101,21 @@ from scipy.stats import t as student_t
 
 from keras_infomcr import RegularizedModel, StartRegAfterLRDrop
 from keras_infomcr.callbacks import StartRegInLatePhase, WeightAveraging
-from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation, WeightNoise
+from keras_infomcr.flatness import reestimate_batch_norm
+from keras_infomcr.models import ReplicatedModel
+from keras_infomcr.regularizers import (
+    EntropySGD,
+    SharpnessAware,
+    SpectralRadius,
+    SubBatchPerturbation,
+    WeightNoise,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 NUM_TRAIN, NUM_POOL, BATCH_SIZE = 500, 900, 100  # The pool has the training and validation digits.
+INNER_STEPS, NUM_REPLICAS = 5, 3  # of Entropy-SGD, in each outer step, and of Replicated-SGD
 SHARES_WRONG = {"right labels": 0.0, "10 % wrong labels": 0.1}
 MARGIN = 0.5  # Percentage points within which methods count as alike.
 TUNING_SEEDS = (100, 101)
@@ -123,6 +132,9 @@ GRIDS = {
     "ASAM": ("rho", (0.25, 0.5, 1, 2)),
     "noise": ("std", (0.005, 0.01, 0.02, 0.05)),
     "averaging": ("start", (0.25, 0.5, 0.75, 0.9)),
+    "spectral radius": ("strength", (0.001, 0.003, 0.01, 0.03)),
+    "Entropy-SGD": ("gamma", (0.003, 0.03, 0.3, 3)),
+    "Replicated-SGD": ("coupling", (0.001, 0.01, 0.1, 1)),
 }
 # What `--tune` chose.
 TUNED = {
@@ -151,7 +163,7 @@ TUNED = {
 }
 
 
-def regularizer(method, value):
+def regularizer(method, value, rate):
     """Return the rule of a method, or `None`."""
     if method == "InfoMCR":
         return SubBatchPerturbation(alpha=1e-2, beta=value, num_sub_batches=4)
@@ -163,6 +175,10 @@ def regularizer(method, value):
         return SharpnessAware(rho=value, adaptive=True)
     if method == "noise":
         return WeightNoise(std=value)
+    if method == "spectral radius":
+        return SpectralRadius(strength=value)
+    if method == "Entropy-SGD":
+        return EntropySGD(num_steps=INNER_STEPS, step_size=rate, gamma=value)
     return None
 
 
@@ -192,7 +208,7 @@ def load_data(labels, seed):
     }
 
 
-def make_model():
+def make_model(base=RegularizedModel):
     """Return the network, which gives logits, not compiled."""
     inputs = x = keras.Input((8, 8, 1))
     for filters in (16, 32):
@@ -200,26 +216,37 @@ def make_model():
         x = keras.layers.BatchNormalization(momentum=0.9)(x)
         x = keras.layers.Activation("relu")(x)
         x = keras.layers.MaxPooling2D()(x)
-    return RegularizedModel(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    return base(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
 
 
 def train(method, value, rate, epochs, seed, x, y):
     """Return a network trained by a method."""
     keras.utils.set_random_seed(seed)
-    model = make_model()
-    drop = max(1, epochs // 2) * NUM_TRAIN // BATCH_SIZE
+    options = {}
+    if method == "Replicated-SGD":
+        model = ReplicatedModel(make_model(keras.Model), NUM_REPLICAS, coupling=value)
+    else:
+        model = make_model()
+        options["regularizer"] = regularizer(method, value, rate)
+    is_entropy_sgd = method == "Entropy-SGD"
+    batch_size = BATCH_SIZE * (INNER_STEPS if is_entropy_sgd else 1)
+    drop = max(1, epochs // 2) * NUM_TRAIN // batch_size
+    first = 1.0 if is_entropy_sgd else rate  # Its outer steps go all the way to the chain's mean.
     # The rate of a step comes from its number, counted from 0.
-    rates = keras.optimizers.schedules.PiecewiseConstantDecay([drop - 1], [rate, rate / 5])
+    rates = keras.optimizers.schedules.PiecewiseConstantDecay([drop - 1], [first, first / 5])
+    momentum = {} if is_entropy_sgd else {"momentum": 0.9, "nesterov": True}
     model.compile(
-        keras.optimizers.SGD(rates, momentum=0.9, nesterov=True),
+        keras.optimizers.SGD(rates, **momentum),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        regularizer=regularizer(method, value),
         jit_compile=keras.backend.backend() == "jax",  # elsewhere it takes longer than it saves
+        **options,
     )
     found = callbacks(method, value, epochs, x)
     keras.utils.set_random_seed(seed)  # The order of the batches, whatever has drawn since.
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, callbacks=found, verbose=0)
+    model.fit(x, y, batch_size=batch_size, epochs=epochs, callbacks=found, verbose=0)
+    if method in ("Entropy-SGD", "Replicated-SGD"):  # whose statistics are of other weights
+        reestimate_batch_norm(getattr(model, "centre", model), x)
     return model
 
 
@@ -261,17 +288,18 @@ def run_all(jobs, processes):
     return rows
 
 
-def tune(epochs, processes):
+def tune(methods, epochs, processes):
     """Return the best value of each method for right and for wrong labels, plain training first."""
-    best = {labels: {} for labels in SHARES_WRONG}
-    for methods in [PLAIN], [method for method in GRIDS if method != PLAIN]:
+    best = {labels: {PLAIN: TUNED[labels][PLAIN]} for labels in SHARES_WRONG}
+    plain = [method for method in methods if method == PLAIN]
+    for methods in plain, [method for method in methods if method != PLAIN]:
         trials = [
             (labels, method, value)
             for labels, method in itertools.product(SHARES_WRONG, methods)
             for value in GRIDS[method][1]
         ]
         jobs = [
-            job(*trial, best[trial[0]].get(PLAIN), epochs, seed, "validation")
+            job(*trial, best[trial[0]][PLAIN], epochs, seed, "validation")
             for trial, seed in itertools.product(trials, TUNING_SEEDS)
         ]
         rows = run_all(jobs, processes)
@@ -338,7 +366,8 @@ def table(report):
         lines += ["", f"**{labels}**", ""]
         lines += ["| method | setting | test accuracy | difference | 95 % interval | p | verdict |"]
         lines += ["|---|---|---:|---:|---:|---:|---|"]
-        for method, (name, _) in GRIDS.items():
+        for method in methods_of(rows):
+            name, _ = GRIDS[method]
             found = compare(rows, labels, method)
             [value] = {r["value"] for r in rows if (r["labels"], r["method"]) == (labels, method)}
             cells = [method, f"{name} {value:g}", f"{found['accuracies'].mean():.2f} %"]
@@ -361,7 +390,7 @@ def write_docs(path, text):
 def plot(rows, path):
     """Save a picture: a panel for each kind of labels, a line for each method."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    methods = [method for method in GRIDS if method != PLAIN]
+    methods = [method for method in methods_of(rows) if method != PLAIN]
     for axis, labels in zip(axes, SHARES_WRONG):
         for height, method in enumerate(methods):
             found = compare(rows, labels, method)
@@ -378,6 +407,19 @@ def plot(rows, path):
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def methods_of(rows):
+    """Return the methods that a report has rows of, in the order of the tables."""
+    found = {row["method"] for row in rows}
+    return [method for method in GRIDS if method in found]
+
+
+def kept(path, methods):
+    """Return the rows of an earlier report whose methods are not trained again."""
+    if len(methods) == len(GRIDS) or not path.exists():
+        return []
+    return [r for r in json.loads(path.read_text())["rows"] if r["method"] not in methods]
 
 
 def versions():
@@ -401,6 +443,8 @@ def main():
     add("--tune", action="store_true", help=help)
     help = "put the tables of the numbers in --output between their markers in a file, no training"
     add("--docs", type=pathlib.Path, help=help)
+    help = "methods to train; --output keeps the numbers of all others (all)"
+    add("--methods", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="NAME", help=help)
     options = parser.parse_args()
     if options.seeds < 2 or options.epochs < 2:
         parser.error(
@@ -408,17 +452,22 @@ def main():
             f"Received: --seeds {options.seeds} --epochs {options.epochs}"
         )
     path = options.output / "compare_methods.json"
+    if PLAIN not in options.methods and not (path.exists() or options.tune):
+        parser.error(
+            f"--methods must hold {PLAIN!r}, which all others are compared with, where --output "
+            f"has no numbers of it. Received: --methods {options.methods} --output {options.output}"
+        )
     if options.docs:
         write_docs(options.docs, table(json.loads(path.read_text())))
         return
     if options.tune:
-        print(json.dumps(tune(options.epochs, options.processes), indent=4))
+        print(json.dumps(tune(options.methods, options.epochs, options.processes), indent=4))
         return
     jobs = [
         job(labels, method, TUNED[labels][method], TUNED[labels][PLAIN], options.epochs, s, "test")
-        for labels, method, s in itertools.product(SHARES_WRONG, GRIDS, range(options.seeds))
+        for labels, method, s in itertools.product(SHARES_WRONG, options.methods, range(options.seeds))
     ]
-    rows = run_all(jobs, options.processes)
+    rows = kept(path, options.methods) + run_all(jobs, options.processes)
     report = {"versions": versions(), "epochs": options.epochs, "rows": rows}
     options.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
