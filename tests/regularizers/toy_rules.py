@@ -85,10 +85,9 @@ def sharpness_oracle(rule, gradient, w, x, y, memory):
 def noise_oracle(rule, gradient, w, x, y, memory):
     """The gradient at noise drawn by the rule itself, scaled by the norms of two columns."""
     if memory is None:
-        memory = ops.convert_to_tensor(np.array([rule._mixed_seed, 0]), rule._generator.state.dtype)
-    (draws,), seed = rule._standard_normals(
-        [ops.reshape(ops.convert_to_tensor(w), (3, 2))], memory, 0
-    )
+        memory = ops.copy(rule._normals.memory()[0])
+    kernel = ops.reshape(ops.convert_to_tensor(w), (3, 2))
+    (draws,), seed = rule._normals.draw([kernel], memory)
     columns = np.linalg.norm(w.reshape(3, 2), axis=0)
     noise = float(rule.std) * ops.convert_to_numpy(draws) * columns
     return gradient(w + noise.ravel(), x, y), seed

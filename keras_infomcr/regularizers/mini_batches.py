@@ -1,0 +1,64 @@
+"""The mini-batches that a batch is cut into, one for each step of a chain that replicas share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_infomcr import backend
+from keras_infomcr.objective import Batch, Objective
+from keras_infomcr.scalars import times
+
+
+class MiniBatches(Sequence):
+    """Slices of a batch; with several replicas, mini-batch i is the union of their slices i.
+
+    Item i, an integer or a scalar array, is `(weight, slice)`, that of this replica, as in
+    `objective.sub_batches`. Where it is not known while tracing how many examples a batch has, the
+    last mini-batches may be empty.
+
+    Args:
+        objective: The `Objective`.
+        batch: A `Batch`, the share of this replica.
+        count: Integer, number of mini-batches.
+    """
+
+    def __init__(self, objective: Objective, batch: Batch, count: int):
+        self._objective = objective
+        self._slices = objective.sub_batches(batch, count)
+        self._single = backend.num_replicas(objective.model) == 1
+        self._sizes = self._mean_sizes = None
+        size = backend.batch_size(batch)
+        if not isinstance(size, int):
+            weights = ops.stack([weight for weight, _ in self._slices])
+            self._sizes = weights * ops.cast(size, weights.dtype)
+            (self._mean_sizes,) = objective.mean_over_replicas([self._sizes])
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __getitem__(self, i: Any) -> tuple[Any, Batch]:
+        return self._slices[i]
+
+    def num_filled(self) -> Any:
+        """Return how many mini-batches hold an example, an integer or a scalar array."""
+        if self._sizes is None:
+            return len(self)
+        return ops.sum(ops.cast(self._mean_sizes > 0, "int32"))
+
+    def chosen(self, i: Any, new: list, old: list) -> list:
+        """Return the new arrays, of which one may be `None`; if mini-batch i is empty, the old."""
+        new = [b if a is None else a for a, b in zip(new, old)]
+        if self._sizes is None:
+            return new
+        filled = ops.take(self._mean_sizes, i) > 0
+        return [a if a is b else ops.where(filled, a, b) for a, b in zip(new, old)]
+
+    def mean_over_replicas(self, i: Any, gradients: list) -> list:
+        """Return the gradients of the mean loss of mini-batch i, given those of this replica."""
+        if self._single:
+            return gradients
+        if self._sizes is not None:
+            share = ops.divide_no_nan(ops.take(self._sizes, i), ops.take(self._mean_sizes, i))
+            gradients = [None if g is None else times(share, g) for g in gradients]
+        return self._objective.mean_over_replicas(gradients)
