@@ -1,6 +1,5 @@
 """The mini-batches that a batch is cut into, one for each step of a chain that replicas share."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
@@ -10,7 +9,7 @@ from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.scalars import times
 
 
-class MiniBatches(Sequence):
+class MiniBatches:
     """Slices of a batch; with several replicas, mini-batch i is the union of their slices i.
 
     Item i, an integer or a scalar array, is `(weight, slice)`, that of this replica, as in
@@ -30,7 +29,7 @@ class MiniBatches(Sequence):
         self._sizes = self._mean_sizes = None
         size = backend.batch_size(batch)
         if not isinstance(size, int):
-            weights = ops.stack([weight for weight, _ in self._slices])
+            weights = ops.stack([self._slices[i][0] for i in range(len(self))])
             self._sizes = weights * ops.cast(size, weights.dtype)
             (self._mean_sizes,) = objective.mean_over_replicas([self._sizes])
 
