@@ -7,9 +7,11 @@ weights move against.
 
 import keras
 import numpy as np
+from frameworks import slices
 from keras import ops
 
 from keras_infomcr.regularizers import (
+    EntropySGD,
     Regularizer,
     SharpnessAware,
     Step,
@@ -93,6 +95,25 @@ def noise_oracle(rule, gradient, w, x, y, memory):
     return gradient(w + noise.ravel(), x, y), seed
 
 
+def entropy_oracle(rule, gradient, w, x, y, memory):
+    """The paper's loop over mini-batches, without noise, with the momentum of the authors' codes.
+
+    Algorithm 1 of Chaudhari et al., ICLR 2017, in weights, not in displacements.
+    """
+    inner, mean, velocity = w, w, np.zeros_like(w)
+    for rows in slices(len(x), rule.num_steps):
+        g = gradient(inner, x[rows], y[rows])
+        velocity = rule.momentum * velocity + g
+        force = float(rule.gamma) * (w - inner)
+        inner = inner - rule.step_size * (g + rule.momentum * velocity - force)
+        mean = rule.averaging * mean + (1 - rule.averaging) * inner
+    return w - mean, None
+
+
+def entropy_sgd(gamma):
+    return EntropySGD(3, 0.1, gamma, 0.0, noise=0.0, averaging=0.25, seed=0)
+
+
 # Each rule of the suite is one line: how it is made, given its strength, and its oracle.
 RULES = {
     "sub_batch_perturbation": (lambda s: SubBatchPerturbation(0.05, s, 2), perturbation_oracle),
@@ -101,11 +122,16 @@ RULES = {
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
     "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
+    "entropy_sgd": (entropy_sgd, entropy_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
 
 # Their training gradient is the mean over slices of the batch, whatever the model.
 CUTTING = {"m_sam"}
+
+# Their step goes over mini-batches, so that at no strength it is Keras's own. With several replicas
+# a mini-batch is the union of slices, so that one device takes the same steps in another order.
+STEPPING = {"entropy_sgd"}
 
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
