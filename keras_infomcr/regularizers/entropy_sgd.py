@@ -248,9 +248,10 @@ class EntropySGD(Regularizer):
 
 def _shares_in_mean(averaging: float, num_steps: int, num_taken: Any) -> Any:
     """Return the share of each iterate in the running mean after the last of the steps taken."""
-    later = num_taken - 1 - ops.arange(num_steps)
-    powers = averaging ** ops.cast(ops.maximum(later, 0), backend.widest_float())
-    return ops.where(later < 0, 0.0, (1 - averaging) * powers)
+    dtype = backend.widest_float()
+    later = ops.cast(num_taken, dtype) - 1 - ops.arange(num_steps, dtype=dtype)
+    shares = (1 - averaging) * averaging ** ops.maximum(later, 0)
+    return ops.where(later < 0, 0.0, shares)
 
 
 def _widened(gradients: list) -> list:
