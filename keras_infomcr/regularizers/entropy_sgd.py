@@ -31,33 +31,31 @@ class EntropySGD(Regularizer):
         mu <- averaging mu + (1 - averaging) x'
 
     N is standard normal, and f the compiled loss with weight penalties. What the optimizer gets as
-    the gradient at w is w - mu. Its learning rate multiplies the way to mu: `SGD(1.0)` goes there,
-    and rates that train a network by its gradient are far too small. Where the chain reaches its
+    the gradient at w is w - mu. So its learning rate is a share of the way to mu: `SGD(1.0)` goes
+    there, and rates that train a network by its gradient are far too small. Where the chain is in
     equilibrium, gamma (w - mu) is the gradient of -log of the integral of
     exp(-f(x') - gamma/2 ||x' - w||^2), which is low where a minimum is wide.
 
     One training step is one outer step of the paper, at the cost of one pass over the batch. With
     mini-batches of b examples give `fit` a `batch_size` of L b; a smaller batch, such as the last
-    one of an epoch, is cut into L smaller mini-batches, or into single examples. Schedules count
+    one of an epoch, is cut into smaller mini-batches, or into single examples. Schedules count
     outer steps, as the paper's do. Between steps the model stands at w: `evaluate`, callbacks and
     files see the centre. Batch-norm statistics and seeds go from each inner pass to the next, and
-    loss and metrics are those of the inner passes (the loss is their mean). The paper re-estimates
-    batch-norm statistics at w before each test: `flatness.reestimate_batch_norm`.
+    loss and metrics are those of the inner passes (with weight penalties at w). The paper
+    re-estimates batch-norm statistics at w before each test: `flatness.reestimate_batch_norm`.
 
     With R replicas, mini-batch l is the union of their slices l, and all follow one chain with the
-    same noise; its gradient is averaged over the replicas in each inner step. While the gate is
-    closed (`regularizer_active = False`, or a callback that opens it late), steps are Keras's own,
-    at the same learning rate.
+    same noise, whose gradient is averaged over the replicas in each inner step. While the gate is
+    closed (`regularizer_active = False`), steps are Keras's own, at the same learning rate.
 
     The value in the logs, `entropy_sgd`, is ||w - mu||.
 
-    What is read in the paper in more than one way, and differs between the authors' codes:
+    Where the paper and the authors' codes differ, or leave a choice:
 
-    * The inner steps have Nesterov's momentum, which each outer step begins at zero: it is the
-      gradient of f, with weight penalties, that enters it, and not the force gamma (w - x') or the
-      noise. Without these two, a chain is `SGD(step_size, momentum, nesterov=True)` of Keras.
-    * The noise is the paper's, a displacement of standard deviation sqrt(step_size) `noise`. Both
-      codes move by a further factor of sqrt(2).
+    * The inner steps have Nesterov's momentum, zero when an outer step begins. The gradient of f,
+      with weight penalties, enters it, the force gamma (w - x') and the noise do not. Without
+      these two a chain is `SGD(step_size, momentum, nesterov=True)` of Keras.
+    * The noise is the paper's. Both codes move by a further factor of sqrt(2).
     * The paper's outer step is along gamma (w - mu), both codes' along w - mu: `scale_by_gamma`.
 
     Args:
@@ -100,7 +98,6 @@ class EntropySGD(Regularizer):
     gamma = Regularizer.strength
     float32 = False
     includes_penalties = True
-    log_key = "entropy_sgd"
 
     def __init__(
         self,
@@ -186,7 +183,7 @@ class EntropySGD(Regularizer):
         The output is the predictions and what has changed of the state.
         """
         evaluate = backend.traced_once(objective.evaluate)
-        shares = _shares_in_mean(self.averaging, len(mini_batches), mini_batches.num_filled())
+        shares = mini_batches.shares_in_running_mean(self.averaging)
         may_overflow = scales_loss(objective.model.optimizer)
 
         def step(i, chain):
@@ -244,14 +241,6 @@ class EntropySGD(Regularizer):
             "scale_by_gamma": self.scale_by_gamma,
             "seed": self.seed,
         }
-
-
-def _shares_in_mean(averaging: float, num_steps: int, num_taken: Any) -> Any:
-    """Return the share of each iterate in the running mean after the last of the steps taken."""
-    dtype = backend.widest_float()
-    later = ops.cast(num_taken, dtype) - 1 - ops.arange(num_steps, dtype=dtype)
-    shares = (1 - averaging) * averaging ** ops.maximum(later, 0)
-    return ops.where(later < 0, 0.0, shares)
 
 
 def _widened(gradients: list) -> list:

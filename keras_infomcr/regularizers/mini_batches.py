@@ -39,11 +39,18 @@ class MiniBatches:
     def __getitem__(self, i: Any) -> tuple[Any, Batch]:
         return self._slices[i]
 
-    def num_filled(self) -> Any:
-        """Return how many mini-batches hold an example, an integer or a scalar array."""
-        if self._sizes is None:
-            return len(self)
-        return ops.sum(ops.cast(self._mean_sizes > 0, "int32"))
+    def shares_in_running_mean(self, averaging: float) -> Any:
+        """Return the share of what each mini-batch gives in a running mean after all of them.
+
+        The mean m <- averaging m + (1 - averaging) x of L terms has the shares
+        (1 - averaging) averaging^(L - l). An empty mini-batch has none.
+        """
+        dtype, filled = backend.widest_float(), len(self)
+        if self._sizes is not None:
+            filled = ops.sum(ops.cast(self._mean_sizes > 0, dtype))
+        later = filled - 1 - ops.arange(len(self), dtype=dtype)
+        shares = (1 - averaging) * averaging ** ops.maximum(later, 0)
+        return ops.where(later < 0, 0.0, shares)
 
     def chosen(self, i: Any, new: list, old: list) -> list:
         """Return the new arrays, of which one may be `None`; if mini-batch i is empty, the old."""

@@ -481,4 +481,5 @@ def test_precision_is_an_argument_of_the_rule():
 
 def test_log_keys():
     assert regularizers.SubBatchPerturbation().log_key == "infomcr_reg"
+    assert regularizers.EntropySGD().log_key == "entropy_sgd"
     assert Anchored().log_key == "anchored"
