@@ -158,15 +158,12 @@ class EntropySGD(Regularizer):
         refuse_rewritten(objective, "an EntropySGD", "Compile with `regularizer=None`.")
         predictions, states = zip(*outputs)
         *state, seed = states[-1]
-        factor = gamma if self.scale_by_gamma else 1.0
+        # Not a number where gradients have overflowed, so that the optimizer skips the step.
+        factor = ops.subtract(overflow, gamma if self.scale_by_gamma else 1.0)
+        pairs = zip(means, weights)
         main = Evaluation(
             times(1 / len(mini_batches), loss),
-            [
-                None
-                if m is None
-                else ops.cast(-times(factor, m + ops.cast(overflow, m.dtype)), w.dtype)
-                for m, w in zip(means, weights)
-            ],
+            [None if m is None else ops.cast(times(factor, m), w.dtype) for m, w in pairs],
             joined(predictions, backend.batch_size(batch)),
             state,
         )
@@ -191,8 +188,7 @@ class EntropySGD(Regularizer):
             weight, mini_batch = mini_batches[i]
             there = [w + ops.cast(u, w.dtype) for w, u in zip(weights, displacements)]
             found = evaluate(there, before[:-1], mini_batch)
-            gradients = mini_batches.mean_over_replicas(i, _widened(found.gradients))
-            gradients = _added(gradients, _widened(objective.penalty_gradients(there)))
+            gradients = mini_batches.whole_gradients(i, found.gradients, there)
             gradients, overflow = _held_on_overflow(gradients, may_overflow)
             draws, seed = self._draws(weights, before[-1])
             displacements, velocities = langevin_step(
@@ -241,15 +237,6 @@ class EntropySGD(Regularizer):
             "scale_by_gamma": self.scale_by_gamma,
             "seed": self.seed,
         }
-
-
-def _widened(gradients: list) -> list:
-    return [None if g is None else ops.cast(g, at_least_float32(g)) for g in gradients]
-
-
-def _added(gradients: list, penalties: list) -> list:
-    pairs = zip(gradients, penalties)
-    return [p if g is None else g if p is None else g + p for g, p in pairs]
 
 
 def _held_on_overflow(gradients: list, may_overflow: bool) -> tuple[list, Any]:

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.objective import Batch, Objective
+from keras_infomcr.regularizers.weights import at_least_float32
 from keras_infomcr.scalars import times
 
 
@@ -60,11 +61,26 @@ class MiniBatches:
         filled = ops.take(self._mean_sizes, i) > 0
         return [a if a is b else ops.where(filled, a, b) for a, b in zip(new, old)]
 
-    def mean_over_replicas(self, i: Any, gradients: list) -> list:
-        """Return the gradients of the mean loss of mini-batch i, given those of this replica."""
+    def whole_gradients(self, i: Any, gradients: list, weights: list) -> list:
+        """Return the gradients of the mean loss of mini-batch i and of the weight penalties.
+
+        Args:
+            i: Integer or scalar array.
+            gradients: List of arrays and `None`, those of the mean loss of this replica's slice.
+            weights: List of arrays, where they were taken.
+        """
+        means = self._mean_over_replicas(i, _widened(gradients))
+        pairs = zip(means, _widened(self._objective.penalty_gradients(weights)))
+        return [p if g is None else g if p is None else g + p for g, p in pairs]
+
+    def _mean_over_replicas(self, i, gradients):
         if self._single:
             return gradients
         if self._sizes is not None:
             share = ops.divide_no_nan(ops.take(self._sizes, i), ops.take(self._mean_sizes, i))
             gradients = [None if g is None else times(share, g) for g in gradients]
         return self._objective.mean_over_replicas(gradients)
+
+
+def _widened(gradients):
+    return [None if g is None else ops.cast(g, at_least_float32(g)) for g in gradients]
