@@ -136,5 +136,6 @@ STEPPING = {"entropy_sgd"}
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
 
-# Rules with other arguments, and the rule of the tests alone, which CI tries in full.
-VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored"}
+# Rules with other arguments, the rule of the tests alone, and one whose own tests do much of the
+# same; CI tries them in full.
+VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored", "entropy_sgd"}
