@@ -18,12 +18,17 @@ layers = keras.layers
 
 
 @pytest.mark.parametrize(
-    ("settings", "gamma", "step_size"),
-    [({"fitted": True}, 1.0, 0.03), ({"fitted": True}, 1.0, 0.1), ({"fitted": True}, 40.0, 1.0),
-     ({"offset": 3.0}, 1.0, 0.05)],
-    ids=["short steps", "long steps", "no memory of flat directions", "no minimum"],
-)  # fmt: skip
-def test_chain_on_a_quadratic_loss_has_a_closed_form(rng, settings, gamma, step_size):
+    ("settings", "gamma", "b", "step_size"),
+    [
+        ({"fitted": True}, 1.0, 8.0, 0.03),
+        ({"fitted": True}, 1.0, 8.0, 0.1),
+        ({"fitted": True}, 40.0, 8.0, 1.0),
+        ({"offset": 3.0}, 1.0, 8.0, 0.05),
+        ({"offset": 3.0}, 1e4, 8e4, 0.05),
+    ],
+    ids=["short steps", "long steps", "no memory", "no minimum", "cold"],
+)
+def test_chain_on_a_quadratic_loss_has_a_closed_form(rng, settings, gamma, b, step_size):
     """Along an eigenvector of the Hessian a chain is an autoregression of the first order.
 
     With curvature c, slope g, b = n beta, k = 1 + b c / gamma and step size s a step is
@@ -33,7 +38,7 @@ def test_chain_on_a_quadratic_loss_has_a_closed_form(rng, settings, gamma, step_
     so that after t steps from 0 the mean is -(1 - (1 - s k)^t) b g / (k gamma), and the variance
     (1 - (1 - s k)^(2 t)) (2 - s) / (2 - s k) / (k gamma). The rise is g d + c d^2 / 2.
     """
-    quadratic, b, num_steps = Quadratic(rng, **settings), 8.0, 40
+    quadratic, num_steps = Quadratic(rng, **settings), 40
     curvatures, vectors = np.linalg.eigh(quadratic.hessian)
     slopes, k = quadratic.slope @ vectors, 1 + b * curvatures / gamma
     forgotten = (1 - step_size * k) ** np.arange(21, 41)[:, None]
