@@ -3,12 +3,14 @@
 import keras
 
 from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.regularizers.entropy_sgd import EntropySGD
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
 from keras_infomcr.regularizers.weight_noise import WeightNoise
 
 __all__ = [
+    "EntropySGD",
     "Evaluation",
     "Regularizer",
     "SharpnessAware",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 _BY_NAME = {
+    "entropy_sgd": EntropySGD,
     "sharpness_aware": SharpnessAware,
     "sub_batch_perturbation": SubBatchPerturbation,
     "weight_noise": WeightNoise,
