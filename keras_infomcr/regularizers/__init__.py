@@ -5,6 +5,7 @@ import keras
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
+from keras_infomcr.regularizers.spectral_radius import SpectralRadius
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
 from keras_infomcr.regularizers.weight_noise import WeightNoise
 
@@ -12,6 +13,7 @@ __all__ = [
     "Evaluation",
     "Regularizer",
     "SharpnessAware",
+    "SpectralRadius",
     "Step",
     "SubBatchPerturbation",
     "WeightNoise",
@@ -20,6 +22,7 @@ __all__ = [
 
 _BY_NAME = {
     "sharpness_aware": SharpnessAware,
+    "spectral_radius": SpectralRadius,
     "sub_batch_perturbation": SubBatchPerturbation,
     "weight_noise": WeightNoise,
 }
