@@ -64,7 +64,8 @@ def curvature_gradient(function: Callable) -> Callable:
 
     @torch.compiler.disable
     def gradient(weights, vector, *args):
-        with _true_float32(), torch.enable_grad(), _second_derivatives_possible():
+        possible = _second_derivatives_possible()
+        with _true_float32(), torch.enable_grad(), possible, _LayerNormInSteps():
             weights = _leaves(weights)
             found = gradients(function(weights, *args)[0], weights, create_graph=True)
             products = gradients(_dot(found, vector), weights, create_graph=True)
@@ -264,3 +265,22 @@ class _ShiftAfterLayerNorm(torch.overrides.TorchFunctionMode):
         fused = None if shift_last else bias
         output = torch.nn.functional.layer_norm(input, normalized_shape, weight, fused, eps)
         return output + bias if shift_last else output
+
+
+class _LayerNormInSteps(torch.overrides.TorchFunctionMode):
+    """Normalise layers in single steps: the third derivatives of torch's own are silently wrong.
+
+    Its second derivatives take the moments for constants.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.layer_norm:
+            return self._layer_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        axes = tuple(range(-len(normalized_shape), 0))
+        centred = input - input.mean(axes, keepdim=True)
+        output = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
