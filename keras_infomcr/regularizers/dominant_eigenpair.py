@@ -80,11 +80,11 @@ class _Ritz(NamedTuple):
 
 def _advanced(product, basis, projected, k, tolerance):
     """Return the next state as a tuple, with a product more."""
-    image = product(basis[k])
+    image, size = product(basis[k]), projected.shape[0]
     along = ops.sum(basis * image, axis=1)
     rest = image - _combined(along, basis)
-    unit = np.eye(len(projected), dtype=np.float32)[k]
-    row = ops.pad(along, (0, len(projected) - k - 1))
+    unit = np.eye(size, dtype=np.float32)[k]
+    row = ops.pad(along, (0, size - k - 1))
     edge = ops.outer(row, ops.cast(unit, row.dtype))
     projected = projected + edge + ops.transpose(edge) - ops.diag(row * ops.cast(unit, row.dtype))
     finite = ops.all(ops.isfinite(projected))

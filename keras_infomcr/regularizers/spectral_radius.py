@@ -21,6 +21,69 @@ from keras_infomcr.scalars import times, to_shortest_float
 
 @keras.saving.register_keras_serializable("keras_infomcr")
 class SpectralRadius(Regularizer):
+    """Penalise the spectral radius of the Hessian: the largest curvature, by its size.
+
+    Training minimises
+
+        L(B, w) + strength * max(0, rho - threshold),    rho = |lambda|,    H v = lambda v,
+
+    with lambda the eigenvalue of largest size of the Hessian H of the batch's loss L(B, w) and v
+    its eigenvector, of length 1. Where rho is above the threshold, a step adds
+
+        strength * sign(lambda) * grad (v^T H v),    v held constant,
+
+    to the training gradient. (The authors' code leaves out the sign, so that it drives |lambda| up
+    where lambda is negative.) L is the compiled loss, with `add_loss` terms and without weight
+    penalties, and all derivatives see the same dropout masks. They are computed in float32 at
+    least, whatever the dtype policy. Kinks, as of ReLU, have no curvature.
+
+    v is found by Lanczos iteration, from where the step before ended, until
+    ||H v - lambda v|| <= tolerance * |lambda|, which leaves an error in lambda of the order of
+    tolerance^2. v is another one for each batch, so that this takes 3 to 5 products H u, some two
+    passes over the batch each; power iteration, as in the paper, takes twice as many. A step that
+    has not converged adds nothing, because its vector may belong to the other end of the spectrum,
+    and the next one goes on from there.
+
+    The gradient of v^T H v is taken by one more backward pass. The difference of gradients
+    (g(w + h v) - 2 g(w) + g(w - h v)) / h^2, some two passes, is no substitute: in float32 it was
+    off by 0.1 % to 1 % at the best h with GELU, and by more than 10 % at any h with ReLU.
+
+    The logs show the means over the epoch of rho, `spectral_radius`, and of the share of steps that
+    have not converged, from 0 to 1, `spectral_radius_unconverged`.
+
+    Args:
+        strength: Float, 0 or greater. The coefficient of the penalty; live. Defaults to 0.01.
+        threshold: Float, 0 or greater. The spectral radius up to which there is no penalty. It is
+            live: `model.regularizer.threshold = 5.0` takes effect with the next batch. Defaults
+            to 0.
+        max_products: Integer, at least 1. Products H u of a step at most. As many vectors of the
+            size of all weights may be kept while a step is taken. On several replicas all of them
+            are always computed. Defaults to 10.
+        tolerance: Float, greater than 0. See above. Defaults to 0.1.
+        num_examples: Integer, at least 1, or `None`. The Hessian is of the first examples of the
+            batch, so many or, with `None`, all. Batch normalisation then sees these alone. Fewer
+            examples cost less and vary more. Replicas share them. Defaults to `None`.
+        seed: Integer from 0 to 2^31 - 1, or `None`, of the random vector that the first step
+            starts from. Defaults to `None`: drawn as Keras's layers draw theirs, so that
+            `keras.utils.set_random_seed` determines it.
+
+    Attributes:
+        threshold: The live threshold, a `keras.Variable`. Assign a float to change it.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, in training, if weights are of half
+            precision or layers are quantised to float8.
+
+    Example:
+
+    ```python
+    model.compile("sgd", "mse", regularizer=SpectralRadius(strength=0.01, threshold=1.0))
+    ```
+
+    Reference: Sandler, Klabjan and Luo, "Non-convex Optimization with Spectral Radius
+    Regularization", 2021 (https://arxiv.org/abs/2102.11210).
+    """
+
     threshold = Live(validation.non_negative)
     further_logs = ("spectral_radius_unconverged",)
 
@@ -83,10 +146,9 @@ class SpectralRadius(Regularizer):
         value, vector, converged = dominant_eigenpair(
             backend.traced_once(product), start, self.tolerance, self.max_products, cond
         )
-        radius = ops.abs(value)
+        radius, sign = ops.abs(value), ops.sign(value)
         acts = ops.logical_and(converged, radius > ops.cast(self.threshold, radius.dtype))
         gradient = objective.curvature_gradient(weights, _cut(vector, weights), state, batch)
-        sign = ops.sign(value)
         gradient = [None if g is None else ops.where(acts, times(sign, g), 0) for g in gradient]
         unconverged = ops.cast(ops.logical_not(converged), radius.dtype)
         logs = {"spectral_radius_unconverged": unconverged}

@@ -12,6 +12,7 @@ from keras import ops
 from keras_infomcr.regularizers import (
     Regularizer,
     SharpnessAware,
+    SpectralRadius,
     Step,
     SubBatchPerturbation,
     WeightNoise,
@@ -94,6 +95,23 @@ def noise_oracle(rule, gradient, w, x, y, memory):
     return gradient(w + noise.ravel(), x, y), seed
 
 
+def radius_oracle(rule, gradient, w, x, y, memory):
+    """The Hessian of least squares does not depend on w: the penalty adds nothing to the gradient.
+
+    What a step remembers is the part of the vector before in the space of the largest eigenvalue,
+    the only one that the iteration finds of a repeated eigenvalue.
+    """
+    if memory is None:
+        rule.build([keras.Variable(w)])
+        memory = ops.convert_to_numpy(rule.memory[0].value)
+    zero = np.zeros_like(w)
+    hessian = np.stack([gradient(e, x, y) - gradient(zero, x, y) for e in np.eye(len(w))])
+    values, vectors = np.linalg.eigh(hessian)
+    space = vectors[:, np.abs(values) > np.abs(values).max() * (1 - 1e-9)]
+    vector = space @ (space.T @ memory)
+    return gradient(w, x, y), vector / np.linalg.norm(vector)
+
+
 # Each rule of the suite is one line: how it is made, given its strength, and its oracle.
 RULES = {
     "sub_batch_perturbation": (lambda s: SubBatchPerturbation(0.05, s, 2), perturbation_oracle),
@@ -101,6 +119,7 @@ RULES = {
     "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
+    "spectral_radius": (lambda s: SpectralRadius(s, tolerance=1e-12, seed=0), radius_oracle),
     "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
