@@ -46,8 +46,8 @@ def dominant_eigenpair(
     ritz = _Ritz(ops.zeros((max_products,) * 2, start.dtype), zero, zero, zero > 0, start)
     for k in range(max_products):
 
-        def advanced(k=k, ritz=ritz, basis=ops.stack(basis)):
-            return _advanced(product, basis, ritz.projected, k, tolerance)
+        def advanced(k=k, ritz=ritz):
+            return _advanced(product, ops.stack(basis), ritz.projected, k, tolerance)
 
         def ended(ritz=ritz):
             return tuple(ritz._replace(following=ops.zeros_like(start)))
@@ -90,8 +90,9 @@ def _advanced(product, basis, projected, k, tolerance):
     finite = ops.all(ops.isfinite(projected))
     # Decompositions of what is not finite raise errors.
     values, vectors = ops.eigh(ops.where(finite, projected, 0.0))
-    largest = ops.argmax(ops.abs(values))
-    value, coefficients = values[largest], vectors[:, largest]
+    # Not by an index, which XLA on TensorFlow wants to be a constant.
+    largest = ops.one_hot(ops.argmax(ops.abs(values)), size, dtype=values.dtype)
+    value, coefficients = ops.sum(values * largest), ops.sum(vectors * largest, axis=1)
     # At no obtuse angle to the start, so that equal computations have equal signs.
     coefficients = ops.where(coefficients[0] < 0, -coefficients, coefficients)
     residual = _length(rest) * ops.abs(coefficients[k])

@@ -58,7 +58,7 @@ class SpectralRadius(Regularizer):
             to 0.
         max_products: Integer, at least 1. Products H u of a step at most. As many vectors of the
             size of all weights may be kept while a step is taken. On several replicas all of them
-            are always computed. Defaults to 10.
+            are always computed. Defaults to 8.
         tolerance: Float, greater than 0. See above. Defaults to 0.1.
         num_examples: Integer, at least 1, or `None`. The Hessian is of the first examples of the
             batch, so many or, with `None`, all. Batch normalisation then sees these alone. Fewer
@@ -91,7 +91,7 @@ class SpectralRadius(Regularizer):
         self,
         strength: float = 0.01,
         threshold: float = 0.0,
-        max_products: int = 10,
+        max_products: int = 8,
         tolerance: float = 0.1,
         num_examples: int | None = None,
         seed: int | None = None,

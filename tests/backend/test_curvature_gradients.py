@@ -7,6 +7,7 @@ a singularity at a distance of d = 0.1, some (h/d)^6 = 1e-12. What is expected m
 gradient: `THIRD`, 1e-6, leaves another factor of 10.
 """
 
+import keras
 import numpy as np
 import numpy_layers as oracle
 import pytest
@@ -15,17 +16,23 @@ from contract_networks import (
     NORMALIZATIONS,
     SINGLE,
     STENCIL,
+    Case,
     Net,
-    array,
     assert_close,
     at_once,
     each,
+    flat,
     mean_of,
     on_tensorflow,
     random_vector,
 )
+from frameworks import array, numpy
+from keras import layers
+from scipy.special import erf
 
 from keras_infomcr import backend
+from keras_infomcr.objective import Batch
+from keras_infomcr.regularizers import SpectralRadius
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -52,6 +59,53 @@ def test_gradient_of_the_curvature_along_a_vector(float64, case):
     found = at_once(function, *net.point([array(v) for v in vector]))
     expected = third_derivative(mean_of(net.numpy_losses_of_batch()), net.points, vector)
     assert_close(found, expected, case.tolerance(THIRD))
+
+
+# What they are for: the slope of the spectral radius.
+
+
+def gelu_net(w, x):
+    hidden = x @ w[0] + w[1]
+    real = np.real(hidden) / np.sqrt(2)
+    # To first order in the imaginary part, which is a complex step.
+    error = erf(real) + 1j * np.imag(hidden) * np.sqrt(2 / np.pi) * np.exp(-(real**2))
+    return (hidden / 2 * (1 + error)) @ w[2] + w[3]
+
+
+GELU = Case("gelu", (4,), lambda x: layers.Dense(2)(layers.Dense(3, "gelu")(x)), gelu_net)
+
+
+def radius_of(loss, points):
+    """Return the spectral radius of the whole Hessian, with errors of the order of 1e-11."""
+    stops, rows = np.cumsum([w.size for w in points]), []
+    for unit in np.eye(stops[-1]):
+        parts = np.split(unit, stops[:-1])
+        vector = [p.reshape(w.shape) for p, w in zip(parts, points)]
+        rows.append(flat(oracle.hessian_vector_product(loss, points, vector)))
+    return np.abs(np.linalg.eigvalsh((np.array(rows) + np.array(rows).T) / 2)).max()
+
+
+@each([GELU, *NORMALIZATIONS])
+def test_gradient_of_the_rule_is_the_slope_of_the_spectral_radius(float64, case):
+    """The slope along a random direction u, by a difference of five points h |u| = 3e-3 apart.
+
+    Rounding leaves 1e-11 / 1e-3, the difference some (3e-3 / d)^4 for a singularity at a distance
+    of d, which is 0.1 for the normalisations: 1e-6.
+    """
+    net = Net(case)
+    rule = SpectralRadius(max_products=40, tolerance=1e-10, seed=0)
+    rule.build(net.model.trainable_variables)
+    step = rule(net.objective, Batch(*net.args), [keras.ops.copy(rule.memory[0])])
+    loss = mean_of(net.numpy_losses_of_batch())
+    assert float(numpy(step.value)) == pytest.approx(radius_of(loss, net.points), rel=1e-9)
+    direction = [v * 1e-3 for v in random_vector(net)]
+    slope = sum(
+        c * radius_of(loss, [w + k * u for w, u in zip(net.points, direction)])
+        for k, c in ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
+    )
+    expected = flat(step.gradient, net.points) @ flat(direction)
+    assert slope == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert abs(slope) > 1e-5
 
 
 @each(CASES)

@@ -119,7 +119,7 @@ RULES = {
     "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
-    "spectral_radius": (lambda s: SpectralRadius(s, tolerance=1e-12, seed=0), radius_oracle),
+    "spectral_radius": (lambda s: SpectralRadius(s, 0.0, 3, 1e-9, seed=0), radius_oracle),
     "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
