@@ -90,14 +90,15 @@ def test_gradient_of_the_rule_is_the_slope_of_the_spectral_radius(float64, case)
     """The slope along a random direction u, by a difference of five points h |u| = 3e-3 apart.
 
     Rounding leaves 1e-11 / 1e-3, the difference some (3e-3 / d)^4 for a singularity at a distance
-    of d, which is 0.1 for the normalisations: 1e-6.
+    of d, which is 0.1 for the normalisations: 1e-6. TensorFlow rounds the root of 2 in GELU to
+    float32, which is 3e-8 of it.
     """
     net = Net(case)
     rule = SpectralRadius(max_products=40, tolerance=1e-10, seed=0)
     rule.build(net.model.trainable_variables)
     step = rule(net.objective, Batch(*net.args), [keras.ops.copy(rule.memory[0])])
     loss = mean_of(net.numpy_losses_of_batch())
-    assert float(numpy(step.value)) == pytest.approx(radius_of(loss, net.points), rel=1e-9)
+    assert float(numpy(step.value)) == pytest.approx(radius_of(loss, net.points), rel=1e-7)
     direction = [v * 1e-3 for v in random_vector(net)]
     slope = sum(
         c * radius_of(loss, [w + k * u for w, u in zip(net.points, direction)])
