@@ -120,10 +120,9 @@ def main():
             ratio = cost(name, batch_size, rounds=20 if settings.quick else 200)
             for tolerance in settings.tolerances:
                 for kind, n in count(name, batch_size, tolerance, settings.steps).items():
+                    head = f"| {name} | {batch_size} | {tolerance} | {kind} "
                     figures = f"{np.mean(n):.1f} | {np.quantile(n, 0.9):.0f} | {max(n)}"
-                    print(
-                        f"| {name} | {batch_size} | {tolerance} | {kind} | {figures} | {ratio:.1f} |"
-                    )
+                    print(f"{head}| {figures} | {ratio:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
