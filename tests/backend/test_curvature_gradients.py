@@ -37,6 +37,11 @@ from keras_infomcr.regularizers import SpectralRadius
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 THIRD = 1e-6
+FAST = {"dense", "batch_norm", "layer_norm", "group_norm"}
+with_each_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[] if c.name in FAST else pytest.mark.slow) for c in CASES],
+)
 WEIGHTS = np.array([2, -27, 270, -490, 270, -27, 2]) / 180
 
 
@@ -51,7 +56,7 @@ def third_derivative(loss, points, vector, h=1e-3):
     return [length**2 * s / h**2 for s in sums]
 
 
-@each(CASES)
+@with_each_case
 def test_gradient_of_the_curvature_along_a_vector(float64, case):
     net = Net(case)
     vector = random_vector(net)
@@ -85,7 +90,13 @@ def radius_of(loss, points):
     return np.abs(np.linalg.eigvalsh((np.array(rows) + np.array(rows).T) / 2)).max()
 
 
-@each([GELU, *NORMALIZATIONS])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(GELU, id="gelu"),
+        *(pytest.param(c, id=c.name, marks=pytest.mark.slow) for c in NORMALIZATIONS),
+    ],
+)
 def test_gradient_of_the_rule_is_the_slope_of_the_spectral_radius(float64, case):
     """The slope along a random direction u, by a difference of five points h |u| = 3e-3 apart.
 
@@ -109,7 +120,7 @@ def test_gradient_of_the_rule_is_the_slope_of_the_spectral_radius(float64, case)
     assert abs(slope) > 1e-5
 
 
-@each(CASES)
+@with_each_case
 def test_products_with_one_vector_after_another(float64, case):
     net = Net(case)
     vector = random_vector(net)
@@ -125,6 +136,7 @@ def test_products_with_one_vector_after_another(float64, case):
         assert_close(found, expected, case.tolerance(STENCIL))
 
 
+@pytest.mark.slow
 @each(NORMALIZATIONS)
 def test_curvature_through_normalizations_in_float32(case):
     net = Net(case, "float32")
@@ -136,6 +148,7 @@ def test_curvature_through_normalizations_in_float32(case):
 
 
 @on_tensorflow
+@pytest.mark.slow
 @each(CASES)
 def test_products_in_a_branch_of_a_graph(float64, case):
     """As the iteration of a training step takes them, once it must go on."""

@@ -130,5 +130,5 @@ CUTTING = {"m_sam"}
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
 
-# Rules with other arguments, and the rule of the tests alone, which CI tries in full.
-VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored"}
+# Rules with other arguments, the rule of the tests alone and the slowest, which CI tries in full.
+VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored", "spectral_radius"}
