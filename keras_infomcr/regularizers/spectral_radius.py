@@ -40,9 +40,9 @@ class SpectralRadius(Regularizer):
     v is found by Lanczos iteration, from where the step before ended, until
     ||H v - lambda v|| <= tolerance * |lambda|, which leaves an error in lambda of the order of
     tolerance^2. v is another one for each batch, so that this takes 4 to 6 products H u, some two
-    passes over the batch each; power iteration, as in the paper, takes half as many again. A step that
-    has not converged adds nothing, because its vector may belong to the other end of the spectrum,
-    and the next one goes on from there.
+    passes over the batch each; power iteration, as in the paper, takes half as many again. A step
+    that has not converged adds nothing, because its vector may belong to the other end of the
+    spectrum, and the next one goes on from there.
 
     The gradient of v^T H v is taken by one more backward pass. The difference of gradients
     (g(w + h v) - 2 g(w) + g(w - h v)) / h^2, some two passes, is no substitute: in float32 it was

@@ -16,7 +16,7 @@ from keras_infomcr.regularizers.dominant_eigenpair import dominant_eigenpair
 
 EAGER = {} if BACKEND == "jax" else {"run_eagerly": True}
 # So small that the error of the vector counts for nothing.
-EXACT = {"max_products": 40, "tolerance": 1e-10, "seed": 0}
+EXACT = {"max_products": 12, "tolerance": 1e-10, "seed": 0}
 
 
 def step_of(model, x, y, **arguments):
