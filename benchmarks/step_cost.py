@@ -27,6 +27,7 @@ from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import (
+    EntropySGD,
     SharpnessAware,
     SpectralRadius,
     SubBatchPerturbation,
@@ -90,6 +91,7 @@ def regularizers(count):
         "F-SAM": SharpnessAware(direction="noise"),
         "weight noise": WeightNoise(),
         "spectral radius": SpectralRadius(),
+        "Entropy-SGD": EntropySGD(num_steps=count),
     }
 
 

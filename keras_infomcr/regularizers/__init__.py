@@ -3,6 +3,7 @@
 import keras
 
 from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.regularizers.entropy_sgd import EntropySGD
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
 from keras_infomcr.regularizers.spectral_radius import SpectralRadius
@@ -10,6 +11,7 @@ from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbati
 from keras_infomcr.regularizers.weight_noise import WeightNoise
 
 __all__ = [
+    "EntropySGD",
     "Evaluation",
     "Regularizer",
     "SharpnessAware",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 _BY_NAME = {
+    "entropy_sgd": EntropySGD,
     "sharpness_aware": SharpnessAware,
     "spectral_radius": SpectralRadius,
     "sub_batch_perturbation": SubBatchPerturbation,
