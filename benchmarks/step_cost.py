@@ -29,6 +29,7 @@ from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import (
     EntropySGD,
     SharpnessAware,
+    SpectralRadius,
     SubBatchPerturbation,
     WeightNoise,
 )
@@ -89,6 +90,7 @@ def regularizers(count):
         "m-SAM": SharpnessAware(num_sub_batches=count),
         "F-SAM": SharpnessAware(direction="noise"),
         "weight noise": WeightNoise(),
+        "spectral radius": SpectralRadius(),
         "Entropy-SGD": EntropySGD(num_steps=count),
     }
 

@@ -14,6 +14,7 @@ from keras_infomcr.regularizers import (
     EntropySGD,
     Regularizer,
     SharpnessAware,
+    SpectralRadius,
     Step,
     SubBatchPerturbation,
     WeightNoise,
@@ -95,6 +96,23 @@ def noise_oracle(rule, gradient, w, x, y, memory):
     return gradient(w + noise.ravel(), x, y), seed
 
 
+def radius_oracle(rule, gradient, w, x, y, memory):
+    """The Hessian of least squares does not depend on w: the penalty adds nothing to the gradient.
+
+    What a step remembers is the part of the vector before in the space of the largest eigenvalue,
+    the only one that the iteration finds of a repeated eigenvalue.
+    """
+    if memory is None:
+        rule.build([keras.Variable(w)])
+        memory = ops.convert_to_numpy(rule.memory[0].value)
+    zero = np.zeros_like(w)
+    hessian = np.stack([gradient(e, x, y) - gradient(zero, x, y) for e in np.eye(len(w))])
+    values, vectors = np.linalg.eigh(hessian)
+    space = vectors[:, np.abs(values) > np.abs(values).max() * (1 - 1e-9)]
+    vector = space @ (space.T @ memory)
+    return gradient(w, x, y), vector / np.linalg.norm(vector)
+
+
 def entropy_oracle(rule, gradient, w, x, y, memory):
     """The paper's loop over mini-batches, without noise, with the momentum of the authors' codes.
 
@@ -121,6 +139,7 @@ RULES = {
     "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
+    "spectral_radius": (lambda s: SpectralRadius(s, 0.0, 3, 1e-9, seed=0), radius_oracle),
     "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
     "entropy_sgd": (entropy_sgd, entropy_oracle),
     "anchored": (Anchored, anchored_oracle),
@@ -136,6 +155,6 @@ STEPPING = {"entropy_sgd"}
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
 
-# Rules with other arguments, the rule of the tests alone, and one whose own tests do much of the
+# Rules with other arguments, the rule of the tests alone, and two whose own tests do much of the
 # same; CI tries them in full.
-VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored", "entropy_sgd"}
+VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored", "entropy_sgd", "spectral_radius"}
