@@ -60,6 +60,12 @@ def _not_copied(model, reason):
     )
 
 
+def are_equal(replica: keras.Model, other: keras.Model) -> bool:
+    """Return whether two replicas have the same trainable weights."""
+    pairs = zip(replica.trainable_variables, other.trainable_variables)
+    return not any(ops.any(ops.copy(a) != ops.copy(b)) for a, b in pairs)
+
+
 def groups(replicas: tuple, centre: keras.Model, names: str) -> Iterator[tuple]:
     """Iterate over the variables of a kind: of all replicas, and of the centre."""
     lists = [getattr(model, names) for model in (*replicas, centre)]

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_infomcr import backend, keras_internals, validation
 from keras_infomcr.models.replicas import (
+    are_equal,
     check_model,
     groups,
     make_replica,
@@ -125,17 +126,14 @@ class ReplicatedModel(backend.Trainer, keras.Model):
             keras.metrics.Mean(name=f"replica_{k}_loss") for k in range(num_replicas)
         ]
         self.built = True
-        self._check_distance()
-        self._update_centre()
-
-    def _check_distance(self):
-        if _is_auto(self.coupling) and self.num_replicas > 1 and not self._distance():
+        if _is_auto(coupling) and num_replicas > 1 and are_equal(*self.replicas[:2]):
             raise ValueError(
                 '`coupling` must be a number where replicas start from the same weights: "auto" '
                 "divides by their distance. Received: coupling='auto' with "
                 f"same_start={self.same_start} and replicas that are equal. Pass a number, or "
                 "`same_start=False` and a model whose initialisers have no fixed seed."
             )
+        self._update_centre()
 
     def call(self, inputs, training=None):
         if not training:
@@ -333,4 +331,4 @@ def _others(variables, left_out):
 
 
 def _sum(losses):
-    return sum((ops.sum(loss) for loss in losses), ops.zeros(()))
+    return sum((ops.cast(ops.sum(loss), keras.config.floatx()) for loss in losses), ops.zeros(()))
