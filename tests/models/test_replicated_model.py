@@ -145,19 +145,26 @@ def cut(structure, rows):
     return None if structure is None else keras.tree.map_structure(lambda a: a[rows], structure)
 
 
-@pytest.mark.parametrize("size", [6, 8], ids=["even", "uneven"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "size"),
+    [
+        ("batch norm, penalties, sample weights", 8),
+        ("dicts", 8),
+        pytest.param("sharp softmax", 8, marks=pytest.mark.slow),
+        pytest.param("masks", 8, marks=pytest.mark.slow),
+        pytest.param("masks", 6, marks=pytest.mark.slow),
+        pytest.param("subclass", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_without_coupling_replicas_are_independent_runs(float64, run, size):
     """Each is a plain model that is trained on its shares of the batches."""
     make, x, y, sample_weight, loss = RUNS[run]
-    if size == 6 and run != "masks":
-        pytest.skip("An even batch is an uneven one's special case, but for a masked mean.")
     model = ReplicatedModel(make(), 3, coupling=0.0)
     plain = [copied(r) for r in model.replicas]
     for m in (model, *plain):
         m.compile(sgd(momentum=0.5), loss, **EAGER)
     totals, sizes, logged = [], [], []
-    for start in range(0, 24, size):
+    for start in range(0, 2 * size, size):
         rows = [start + share for share in slices(size, 3)]
         batch = [cut(part, np.arange(start, start + size)) for part in (x, y, sample_weight)]
         logged.append(model.train_on_batch(*batch, return_dict=True))
@@ -177,20 +184,28 @@ def test_without_coupling_replicas_are_independent_runs(float64, run, size):
 
 
 @pytest.mark.parametrize(
-    ("make", "y", "loss", "metrics"),
+    ("make", "y", "loss", "metrics", "mode"),
     [
-        (random, Y, "mse", ["mae"]),
-        (classifier, LABELS, "sparse_categorical_crossentropy", ["accuracy"]),
+        pytest.param(random, Y, "mse", ["mae"], {}, marks=pytest.mark.slow),
+        (random, Y, "mse", ["mae"], EAGER),
+        pytest.param(
+            classifier,
+            LABELS,
+            "sparse_categorical_crossentropy",
+            ["accuracy"],
+            {},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["random", "softmax"],
+    ids=["random", "random, eager", "softmax"],
 )
-def test_one_replica_trains_like_plain_keras(make, y, loss, metrics):
+def test_one_replica_trains_like_plain_keras(make, y, loss, metrics, mode):
     """To the bit: weights, batch-norm statistics, dropout masks and logs."""
     plain = make()
     model = ReplicatedModel(copied(plain), 1)
     histories = []
     for m in (model, plain):
-        m.compile(sgd(momentum=0.5), loss, metrics=metrics)
+        m.compile(sgd(momentum=0.5), loss, metrics=metrics, **mode)
         keras.utils.set_random_seed(1)  # torch draws masks from a global generator
         fit = m.fit(X, y, sample_weight=WEIGHTS, epochs=2, validation_data=(X, y), **FIT)
         histories.append(fit.history)
@@ -210,7 +225,7 @@ def test_automatic_coupling_is_loss_over_distance_and_grows_by_1e4():
     loss = twin.train_on_batch(X[:8], Y[:8], return_dict=True)["loss"]
     apart = weights_of(twin)
     first = loss / np.mean(np.sum((apart - apart.mean(0)) ** 2, axis=1))
-    logs = model.fit(X, Y, epochs=4, **FIT).history
+    logs = model.fit(X[:8], Y[:8], epochs=4, **FIT).history
     expected = [first * 1e4 ** (k / 4) for k in range(4)]
     # Float32: sums of some fifty squares, and at most four factors.
     np.testing.assert_allclose(logs["coupling"], expected, rtol=1e-5)
@@ -220,7 +235,7 @@ def test_automatic_coupling_is_loss_over_distance_and_grows_by_1e4():
 def test_the_centre_is_the_mean_of_weights_and_statistics():
     model = ReplicatedModel(random(), 3)
     model.compile(sgd(), "mse", **EAGER)
-    model.fit(X, Y, epochs=2, **FIT)
+    model.fit(X[:8], Y[:8], epochs=2, **FIT)
     for *values, mean in zip(*(m.weights for m in (*model.replicas, model.centre))):
         # Three float32 numbers are added and divided. After the coupling a replica is rounded anew.
         assert_allclose(mean, np.mean([numpy(v) for v in values], axis=0), rtol=1e-6, atol=1e-7)
@@ -238,7 +253,7 @@ def test_evaluation_is_of_the_centre():
     model = ReplicatedModel(normalized(), 2)
     plain = model.centre
     model.compile(sgd(), "mse", metrics=["mae"], **EAGER)
-    logs = model.fit(X, Y, epochs=1, validation_data=(X, Y), **FIT).history
+    logs = model.fit(X[:8], Y[:8], epochs=1, validation_data=(X, Y), **FIT).history
     plain.compile(sgd(), "mse", metrics=["mae"], **EAGER)
     expected = plain.evaluate(X, Y, verbose=0, return_dict=True)
     assert model.evaluate(X, Y, verbose=0, return_dict=True) == expected
