@@ -3,7 +3,8 @@
 For each network, batch size and number of sub-batches M, all ways to take a step are compiled
 first and then timed in turn, round after round: a plain `keras.Model`, the closed gate, InfoMCR
 with both main gradients, subsets of the sub-batches and both estimators, all other rules, three
-replicas that share the batch, and (on TensorFlow) a literal transcription of InfoMCR's algorithm with a second model and assigned weights.
+replicas that share the batch, and (on TensorFlow) a literal transcription of InfoMCR's algorithm
+with a second model and assigned weights.
 
     python benchmarks/step_cost.py --quick
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512

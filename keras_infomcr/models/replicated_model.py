@@ -161,9 +161,9 @@ class ReplicatedModel(backend.Trainer, keras.Model):
 
     @property
     def losses(self):
-        """The sum of the centre's penalties, and of the penalties of each replica."""
+        """A list of the centre's penalties, and one of the penalties of each replica."""
         models = (self.centre, *self.replicas)
-        return keras_internals.losses_of_step(self) or [_sum(m.losses) for m in models]
+        return keras_internals.losses_of_step(self) or [m.losses for m in models]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         penalties = self.losses
@@ -185,11 +185,12 @@ class ReplicatedModel(backend.Trainer, keras.Model):
         # The value is the mean over the examples; the gradients are those of each mean loss.
         return followed - ops.stop_gradient(followed) + ops.stop_gradient(reported)
 
-    def _total_loss(self, batch, penalty):
-        penalty = keras_internals.additional_loss(self, penalty)
+    def _total_loss(self, batch, penalties):
         compiled = keras_internals.compile_loss(self)
-        loss = compiled and compiled(batch.y, batch.x, batch.sample_weight)
-        return penalty if loss is None else loss + ops.cast(penalty, loss.dtype)
+        losses = [compiled(batch.y, batch.x, batch.sample_weight)] if compiled else []
+        losses += [keras_internals.additional_loss(self, penalty) for penalty in penalties]
+        # As Keras adds them, to the bit.
+        return losses[0] if len(losses) == 1 else ops.sum(losses) if losses else ops.zeros(())
 
     def train_step(self, *args):
         def step(data):
@@ -328,7 +329,3 @@ def _forward(model, x, training):
 def _others(variables, left_out):
     ids = {id(v) for v in left_out}
     return [v for v in variables if id(v) not in ids]
-
-
-def _sum(losses):
-    return sum((ops.cast(ops.sum(loss), keras.config.floatx()) for loss in losses), ops.zeros(()))
