@@ -189,6 +189,7 @@ class ReplicatedModel(backend.Trainer, keras.Model):
         compiled = keras_internals.compile_loss(self)
         losses = [compiled(batch.y, batch.x, batch.sample_weight)] if compiled else []
         losses += [keras_internals.additional_loss(self, penalty) for penalty in penalties]
+        losses = [ops.cast(loss, losses[0].dtype) for loss in losses]
         # As Keras adds them, to the bit.
         return losses[0] if len(losses) == 1 else ops.sum(losses) if losses else ops.zeros(())
 
@@ -241,7 +242,9 @@ class ReplicatedModel(backend.Trainer, keras.Model):
         **kwargs,
     ):
         callbacks = _with_end_of_epoch(callbacks)
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        self._update_centre()  # an optimizer with `use_ema=True` has given other weights
+        return history
 
     def evaluate(self, *args, **kwargs):
         return self._in_evaluation(super().evaluate, *args, **kwargs)

@@ -234,7 +234,7 @@ def test_automatic_coupling_is_loss_over_distance_and_grows_by_1e4():
 
 def test_the_centre_is_the_mean_of_weights_and_statistics():
     model = ReplicatedModel(random(), 3)
-    model.compile(sgd(), "mse", **EAGER)
+    model.compile(sgd(use_ema=True), "mse", **EAGER)
     model.fit(X[:8], Y[:8], epochs=2, **FIT)
     for *values, mean in zip(*(m.weights for m in (*model.replicas, model.centre))):
         # Three float32 numbers are added and divided. After the coupling a replica is rounded anew.
