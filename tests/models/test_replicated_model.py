@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, assert_allclose, assert_array_equal, numpy, slices
+from frameworks import BACKEND, assert_allclose, assert_array_equal, numpy, only_on, slices
 
 from keras_infomcr.flatness import reestimate_batch_norm
 from keras_infomcr.models import ReplicatedModel
@@ -207,7 +207,7 @@ def test_one_replica_trains_like_plain_keras(make, y, loss, metrics, mode):
     for m in (model, plain):
         m.compile(sgd(momentum=0.5), loss, metrics=metrics, **mode)
         keras.utils.set_random_seed(1)  # torch draws masks from a global generator
-        fit = m.fit(X, y, sample_weight=WEIGHTS, epochs=2, validation_data=(X, y), **FIT)
+        fit = m.fit(X[:20], y[:20], sample_weight=WEIGHTS[:20], **FIT)
         histories.append(fit.history)
     for name in histories[1]:
         assert histories[0][name] == histories[1][name], name
@@ -371,6 +371,25 @@ def test_a_device_may_be_left_without_examples(mirrored):
     logs = model.fit(X[:17], Y[:17], **FIT).history
     assert np.isfinite(flat(model.weights)).all()
     assert np.isfinite(list(logs.values())).all()
+
+
+@pytest.mark.slow
+@only_on("jax", reason="`keras.distribution` shares batches on JAX alone.")
+def test_devices_that_share_batches_take_the_step_of_one():
+    found = []
+    for distribution in (None, keras.distribution.DataParallel()):
+        keras.distribution.set_distribution(distribution)
+        try:
+            keras.utils.set_random_seed(0)
+            model = ReplicatedModel(normalized(), 2)
+            model.compile(sgd(momentum=0.5), "mse")
+            logs = model.fit(X, Y, epochs=2, sample_weight=WEIGHTS, **FIT).history
+        finally:
+            keras.distribution.set_distribution(None)
+        found.append([flat(model.weights), *(logs[name] for name in sorted(logs))])
+    for first, second in zip(*found):
+        # Six steps of float32, in sums of another order.
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
 def test_start():
