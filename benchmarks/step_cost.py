@@ -28,7 +28,13 @@ from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.models import ReplicatedModel
-from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation, WeightNoise
+from keras_infomcr.regularizers import (
+    EntropySGD,
+    SharpnessAware,
+    SpectralRadius,
+    SubBatchPerturbation,
+    WeightNoise,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,6 +92,8 @@ def regularizers(count):
         "m-SAM": SharpnessAware(num_sub_batches=count),
         "F-SAM": SharpnessAware(direction="noise"),
         "weight noise": WeightNoise(),
+        "spectral radius": SpectralRadius(),
+        "Entropy-SGD": EntropySGD(num_steps=count),
     }
 
 

@@ -25,6 +25,9 @@ from keras_infomcr.flatness.neighbourhood.local_entropy import local_entropy
 from keras_infomcr.flatness.neighbourhood.local_entropy_gradient_norm import (
     local_entropy_gradient_norm,
 )
+from keras_infomcr.flatness.neighbourhood.local_learning_coefficient import (
+    local_learning_coefficient,
+)
 from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
 from keras_infomcr.flatness.reestimate_batch_norm import reestimate_batch_norm
 
@@ -56,6 +59,7 @@ __all__ = [
     "local_energy",
     "local_entropy",
     "local_entropy_gradient_norm",
+    "local_learning_coefficient",
     "pac_bayes_bound",
     "plot",
     "reestimate_batch_norm",
