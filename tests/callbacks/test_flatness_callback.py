@@ -16,6 +16,8 @@ from keras_infomcr.flatness import Estimate, fisher_trace, hessian_spectral_dens
 from keras_infomcr.regularizers import SubBatchPerturbation
 
 NUM_CLASSES = 4
+# Where tests are not of what is compiled, without a graph, but on JAX, where that is slower.
+EAGER = {} if BACKEND == "jax" else {"run_eagerly": True}
 TRACE = functools.partial(hessian_trace, num_products=6, seed=0)
 
 
@@ -162,7 +164,7 @@ def test_batches_and_a_second_run(data):
 
 
 def test_verbose_prints_a_line_for_each_measurement(data, capsys):
-    fit(classifier(), data, TRACE, verbose=1, epochs=2)
+    fit(classifier(**EAGER), data, TRACE, verbose=1, epochs=2)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("Epoch 1: hessian_trace ")
@@ -325,4 +327,4 @@ def test_data_are_checked_before_training(data):
 )
 def test_results_that_are_no_single_number(data, measure):
     with pytest.raises(ValueError, match="result with a single number as its `value`"):
-        fit(classifier(), data, measure)
+        fit(classifier(**EAGER), data, measure, epochs=1)

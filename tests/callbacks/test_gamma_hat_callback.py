@@ -262,9 +262,12 @@ class OfUsers(keras.utils.PyDataset):
     "make",
     [
         OfUsers,
-        lambda x, y: ({"of_users": x}, y),
+        pytest.param(lambda x, y: ({"of_users": x}, y), marks=pytest.mark.slow),
         lambda x, y: ({"of_users": x}, y, np.ones(20)),
-        lambda x, y: [({"of_users": x[:8]}, y[:8]), ({"of_users": x[8:]}, y[8:])],
+        pytest.param(
+            lambda x, y: [({"of_users": x[:8]}, y[:8]), ({"of_users": x[8:]}, y[8:])],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dataset", "arrays", "weighted", "batches"],
 )

@@ -71,7 +71,7 @@ def test_a_function_may_return_any_number(number):
     assert fit(compiled(), schedule, epochs=1) == [3.0] * STEPS
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "loss scale"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "loss scale"])
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -28,8 +28,15 @@ from keras_infomcr.regularizers import SubBatchPerturbation
 pytestmark = pytest.mark.usefixtures("nothing_recorded")
 
 
-@pytest.mark.parametrize("start_first", [False, True])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+# Where there is no other callback, there is one order.
+ORDERS = [
+    pytest.param(name, first, id=f"{name}-{first}", marks=[pytest.mark.slow] * (alone and first))
+    for name, alone in ((name, callback is None) for name, (_, callback, _) in MECHANISMS.items())
+    for first in (False, True)
+]
+
+
+@pytest.mark.parametrize(("mechanism", "start_first"), ORDERS)
 def test_opens_before_the_first_batch_of_the_lower_rate(mechanism, start_first):
     optimizer, callback, step = MECHANISMS[mechanism]
     model = compiled(None, optimizer=optimizer())
@@ -54,7 +61,7 @@ def test_stays_open_when_the_rate_rises_again():
     assert_opened_at(STEPS)
 
 
-@pytest.mark.parametrize("factor", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("factor", [pytest.param(0.1, marks=pytest.mark.slow), 0.2, 0.5])
 def test_by_default_the_usual_steps_open_it_at_once(factor):
     model = compiled(0.1)
     rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 * factor ** (epoch // 2))
@@ -67,7 +74,11 @@ def test_by_default_the_usual_steps_open_it_at_once(factor):
     [
         # (1 + cos(pi t)) / 2 = 3/4 at t = 1/3; 1 - t at t = 1/4.
         (schedules.CosineDecay(0.1, decay_steps=24), 1 / 3),
-        (schedules.PolynomialDecay(0.1, decay_steps=24, end_learning_rate=0.0), 1 / 4),
+        pytest.param(
+            schedules.PolynomialDecay(0.1, decay_steps=24, end_learning_rate=0.0),
+            1 / 4,
+            marks=pytest.mark.slow,
+        ),
         # 0.9^2 = 0.81, 0.9^3 = 0.729.
         (schedules.ExponentialDecay(0.1, 2, 0.9, staircase=True), 6 / 24),
     ],
@@ -121,7 +132,7 @@ class Note(keras.callbacks.Callback):
         self.seen.append(self.model.get_weights()[0])
 
 
-@pytest.mark.parametrize("make", [functional, wrapped])
+@pytest.mark.parametrize("make", [functional, pytest.param(wrapped, marks=pytest.mark.slow)])
 def test_opens_a_compiled_step(make):
     """The weights equal plain Keras's up to the drop, and differ from there on."""
     weights = []

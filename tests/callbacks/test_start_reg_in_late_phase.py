@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nothing_recorded")
 @pytest.mark.parametrize(
     ("epochs", "fraction", "first"),
     [
-        (10, 0.3, 7),
+        pytest.param(10, 0.3, 7, marks=pytest.mark.slow),
         (10, 0.25, 8),  # 2.5 epochs round to the even number
         (3, 0.3, 2),  # 0.9
         (4, 0.3, 3),  # 1.2
@@ -40,7 +40,11 @@ def test_acts_in_the_last_epochs(epochs, fraction, first):
     assert_opened_at(first * STEPS)
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    "mode",
+    [{}, pytest.param({"run_eagerly": True}, marks=pytest.mark.slow)],
+    ids=["compiled", "eager"],
+)
 def test_trains_as_plain_keras_until_then(mode):
     """The weights after each epoch equal plain Keras's before the gate opens, and differ after."""
 
@@ -71,7 +75,7 @@ class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize("backup_first", [True, False])
+@pytest.mark.parametrize("backup_first", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_resumes_with_backup_and_restore(epoch, backup_first, tmp_path):
     def interrupt(epoch_now, logs):

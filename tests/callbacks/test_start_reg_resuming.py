@@ -115,7 +115,10 @@ def test_resumes_in_mid_epoch(steps, tmp_path):
     assert_opened_at(3)
 
 
-@pytest.mark.parametrize("mechanism", ["ReduceLROnPlateau", "PiecewiseConstantDecay"])
+@pytest.mark.parametrize(
+    "mechanism",
+    ["ReduceLROnPlateau", pytest.param("PiecewiseConstantDecay", marks=pytest.mark.slow)],
+)
 def test_resumes_twice(mechanism, tmp_path):
     for epoch in (1, 3, 4, None):
         run(mechanism, tmp_path, epoch, epochs=5)
@@ -187,7 +190,7 @@ def test_weights_of_another_run_are_no_resumption(tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("make", [functional, wrapped])
+@pytest.mark.parametrize("make", [functional, pytest.param(wrapped, marks=pytest.mark.slow)])
 def test_a_file_that_remembers_the_peak_is_still_one_of_plain_keras(make, sharded, tmp_path):
     model = compiled(0.1, make)
     fit(model, [scheduler(), StartRegAfterLRDrop()], epochs=3)

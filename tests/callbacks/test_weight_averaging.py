@@ -150,7 +150,7 @@ def test_frozen_layers_and_seeds_are_those_of_training():
     assert_close(weights(model), recorder.mean([1, 3, 5, 7]))
 
 
-@pytest.mark.parametrize("reestimate", [False, True])
+@pytest.mark.parametrize("reestimate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_statistics_of_the_mean(reestimate):
     model, recorder, data = compiled(), Recorder(), X if reestimate else None
     fit(model, [recorder, WeightAveraging(0, reestimate_with=data)], **VALIDATED)
@@ -280,7 +280,7 @@ def regularized():
     ("make", "settings", "until", "position"),
     [
         (plain, {"reestimate_with": X}, 1, 0),
-        (plain, {}, 3, 1),
+        pytest.param(plain, {}, 3, 1, marks=pytest.mark.slow),
         pytest.param(plain, {}, 3, 0, marks=pytest.mark.slow),
         pytest.param(
             plain,

@@ -77,7 +77,7 @@ def test_two_layer_net_against_hand_written_backpropagation(float64, data, num_e
         (of_convolutions, lambda x: x, 5),
         (of_shared_and_nested_layers, lambda x: x, None),
         (of_recurrence, lambda x: x, None),
-        (of_recurrence, lambda x: x, 5),
+        pytest.param(of_recurrence, lambda x: x, 5, marks=pytest.mark.slow),
         (of_frozen_layer, lambda x: x, None),
         (of_dict_inputs, lambda x: {"a": x, "b": x[::-1] + 1}, None),
         (of_two_inputs, lambda x: [x, x[::-1] + 1], None),
@@ -226,10 +226,10 @@ def test_weights_in_groups_do_not_change_the_value(float64, data, monkeypatch, t
     "loss",
     [
         lambda: "sparse_categorical_crossentropy",
-        lambda: keras.losses.sparse_categorical_crossentropy,
+        pytest.param(lambda: keras.losses.sparse_categorical_crossentropy, marks=pytest.mark.slow),
         keras.losses.SparseCategoricalCrossentropy,
         lambda: keras.losses.SparseCategoricalCrossentropy(ignore_class=-1),
-        lambda: "CategoricalCrossentropy",
+        pytest.param(lambda: "CategoricalCrossentropy", marks=pytest.mark.slow),
         lambda: keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
         lambda: [keras.losses.CategoricalCrossentropy()],
     ],
@@ -307,7 +307,7 @@ def test_other_probabilities_are_taken_as_such_with_one_warning(float64, data, m
 # ---------------------------------------------------------------- normalised logits
 
 
-@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("scale", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_normalised_against_svd(float64, data, scale):
     """At norm 2 and 0.5 losses are far from vanishing, so that SVD keeps its digits."""
     x, y = data

@@ -144,7 +144,10 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
-@pytest.mark.parametrize(("policy", "training"), [("float32", False), ("mixed_float16", True)])
+@pytest.mark.parametrize(
+    ("policy", "training"),
+    [pytest.param("float32", False, marks=pytest.mark.slow), ("mixed_float16", True)],
+)
 def test_model_and_seeds_are_untouched(data, training, policy):
     keras.config.set_dtype_policy(policy)
     x, y = data[0].astype("float32"), data[1]

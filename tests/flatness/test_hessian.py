@@ -45,8 +45,22 @@ def small(rng):
     return Net("layer_norm", rng)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", NETS)
+@pytest.fixture(scope="module")
+def unchanged():
+    """Return what `small` does, compiled once for the tests that do not change its model."""
+    return Net("layer_norm", np.random.default_rng(0))
+
+
+# Dense layers and convolutions, batch normalisation in both modes; CI tries the others.
+FAST = [("dense_batch_norm", False), ("dense_batch_norm", True), ("conv_batch_norm", True)]
+PRODUCTS = [
+    pytest.param(n, t, id=f"{n}-{t}", marks=[pytest.mark.slow] * ((n, t) not in FAST))
+    for n in NETS
+    for t in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "training"), PRODUCTS)
 def test_products_with_vectors(name, training, rng):
     """The bound is that of docs/flatness.md; float32 itself rounds to some 1e-6."""
     net = Net(name, rng)
@@ -93,10 +107,10 @@ def test_frobenius_norm_against_the_hessian_formed(net):
 
 
 @pytest.mark.slow
-def test_density_against_the_hessian_formed(small):
+def test_density_against_the_hessian_formed(unchanged):
     """With as many steps as weights, a probe's density is blurred about all its eigenvalues."""
-    eigenvalues = np.linalg.eigvalsh(small.hessian)
-    found = small.measured(hessian_spectral_density, num_probes=40, num_steps=60, width=0.05)
+    eigenvalues = np.linalg.eigvalsh(unchanged.hessian)
+    found = unchanged.measured(hessian_spectral_density, num_probes=40, num_steps=60, width=0.05)
     assert found.num_weights == len(eigenvalues)
     assert np.trapezoid(found.value, found.grid) == pytest.approx(1, rel=1e-4)
     distances = (found.grid[:, None] - eigenvalues) / found.width
@@ -108,19 +122,19 @@ def test_density_against_the_hessian_formed(small):
     assert np.all(errors <= 5 * stderrs)
 
 
-def test_density_finer_than_its_grid_is_by_default_has_the_integral_1(small):
-    found = small.measured(hessian_spectral_density, num_probes=1, num_steps=5, width=1e-4)
+def test_density_finer_than_its_grid_is_by_default_has_the_integral_1(unchanged):
+    found = unchanged.measured(hessian_spectral_density, num_probes=1, num_steps=5, width=1e-4)
     assert np.trapezoid(found.value, found.grid) == pytest.approx(1, rel=1e-6)
 
 
-def test_density_of_one_probe_has_no_error(small):
-    found = small.measured(hessian_spectral_density, num_probes=1, num_steps=3)
+def test_density_of_one_probe_has_no_error(unchanged):
+    found = unchanged.measured(hessian_spectral_density, num_probes=1, num_steps=3)
     assert np.isnan(found.stderr).all()
     assert found.width == pytest.approx((found.grid[-1] - found.grid[0]) / 110)
 
 
-def test_density_is_drawn(small):
-    found = small.measured(hessian_spectral_density, num_probes=2, num_steps=5)
+def test_density_is_drawn(unchanged):
+    found = unchanged.measured(hessian_spectral_density, num_probes=2, num_steps=5)
     axes = plot.spectral_density(found)
     (line,) = axes.lines
     np.testing.assert_array_equal(line.get_xdata(), found.grid)
@@ -133,8 +147,8 @@ def test_density_is_drawn(small):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
-def test_batches_do_not_change_the_measure(small, measure):
-    whole, in_parts = (small.measured(measure, chunk_size=b).value for b in (24, 7))
+def test_batches_do_not_change_the_measure(unchanged, measure):
+    whole, in_parts = (unchanged.measured(measure, chunk_size=b).value for b in (24, 7))
     # Sums in another order: float32's rounding of a few dozen terms.
     assert in_parts == pytest.approx(whole, rel=1e-5)
 
@@ -179,11 +193,11 @@ def datasets(x, y):
 
 
 @pytest.mark.slow
-def test_data_of_all_kinds(small):
-    expected = small.measured(hessian_trace, num_products=6).value
-    for data in datasets(small.x, small.y):
+def test_data_of_all_kinds(unchanged):
+    expected = unchanged.measured(hessian_trace, num_products=6).value
+    for data in datasets(unchanged.x, unchanged.y):
         pair = data if isinstance(data, tuple) else (data,)
-        found = hessian_trace(small.model, *pair, num_products=6, seed=0)
+        found = hessian_trace(unchanged.model, *pair, num_products=6, seed=0)
         assert found.value == pytest.approx(expected, rel=1e-5)
 
 
@@ -207,14 +221,14 @@ def test_memory_does_not_grow_with_the_products(measure, settings):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_data(small):
+def test_memory_does_not_grow_with_the_data(unchanged):
     """Two hundred batches of 128 kB are 26 MB, of which one or two live at a time."""
-    x, y = np.repeat(small.x, 167, axis=0)[:4000], np.repeat(small.y, 167, axis=0)[:4000]
+    x, y = np.repeat(unchanged.x, 167, axis=0)[:4000], np.repeat(unchanged.y, 167, axis=0)[:4000]
     settings = {"num_products": 2, "method": "hutchinson", "seed": 0}
-    hessian_trace(small.model, Lazy(x, y, 4000), **settings)
+    hessian_trace(unchanged.model, Lazy(x, y, 4000), **settings)
     data = Lazy(x, y, 4000, length=200)
     tracemalloc.start()
-    hessian_trace(small.model, data, **settings)
+    hessian_trace(unchanged.model, data, **settings)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Two products at once, and a batch to see whether the model fits its data.
@@ -223,32 +237,32 @@ def test_memory_does_not_grow_with_the_data(small):
 
 
 @pytest.mark.slow
-def test_trials_are_averaged(small):
-    found = small.measured(hessian_spectral_radius, num_examples=6, num_trials=4)
+def test_trials_are_averaged(unchanged):
+    found = unchanged.measured(hessian_spectral_radius, num_examples=6, num_trials=4)
     assert found.samples.shape == (4,)
     assert found.value == found.samples.mean()
     assert found.stderr == pytest.approx(found.samples.std(ddof=1) / 2)
     # Four trials of six share none of the 24 examples: their losses' mean is the loss of all.
-    whole = small.measured(hessian_trace, num_products=60)
-    parts = small.measured(hessian_trace, num_products=60, num_examples=6, num_trials=4)
+    whole = unchanged.measured(hessian_trace, num_products=60)
+    parts = unchanged.measured(hessian_trace, num_products=60, num_examples=6, num_trials=4)
     assert parts.value == pytest.approx(whole.value, abs=4 * whole.stderr)
     assert len(parts.samples) == 4
 
 
-def test_one_trial_of_all_examples_is_the_whole(small):
-    one = small.measured(hessian_trace, num_examples=24, num_trials=1)
-    whole = small.measured(hessian_trace)
+def test_one_trial_of_all_examples_is_the_whole(unchanged):
+    one = unchanged.measured(hessian_trace, num_examples=24, num_trials=1)
+    whole = unchanged.measured(hessian_trace)
     assert one.value == pytest.approx(whole.value, rel=1e-5)
     assert one.stderr == pytest.approx(whole.stderr, rel=1e-3)
-    assert np.isnan(small.measured(hessian_spectral_radius).stderr)
+    assert np.isnan(unchanged.measured(hessian_spectral_radius).stderr)
 
 
 @pytest.mark.slow
-def test_seeds(small):
-    values = [small.measured(hessian_trace, num_products=6).value for _ in range(2)]
+def test_seeds(unchanged):
+    values = [unchanged.measured(hessian_trace, num_products=6).value for _ in range(2)]
     assert values[0] == values[1]
     seeds = (1, None, None)
-    args = small.model, small.x, small.y
+    args = unchanged.model, unchanged.x, unchanged.y
     others = [hessian_trace(*args, num_products=6, seed=seed).value for seed in seeds]
     assert len({values[0], *others}) == 4
 
@@ -290,12 +304,12 @@ def test_frozen_weights_have_no_part(small):
     assert found.value == pytest.approx(np.abs(expected).max(), rel=0.01)
 
 
-def test_half_precision_policy_measures_in_float32(small):
-    expected = small.measured(hessian_spectral_radius).value
-    half = keras.Sequential.from_config(_with_policy(small.model.get_config(), "mixed_float16"))
-    half.compile("sgd", small.model.loss)
-    half.set_weights(small.model.get_weights())
-    found = hessian_spectral_radius(half, small.x, small.y, seed=0)
+def test_half_precision_policy_measures_in_float32(unchanged):
+    expected = unchanged.measured(hessian_spectral_radius).value
+    half = keras.Sequential.from_config(_with_policy(unchanged.model.get_config(), "mixed_float16"))
+    half.compile("sgd", unchanged.model.loss)
+    half.set_weights(unchanged.model.get_weights())
+    found = hessian_spectral_radius(half, unchanged.x, unchanged.y, seed=0)
     assert found.value == pytest.approx(expected, rel=1e-4)
 
 
@@ -313,14 +327,14 @@ def test_run_eagerly(small):
 
 
 @pytest.mark.slow
-def test_mirrored_strategy_gives_the_same(mirrored, small):
+def test_mirrored_strategy_gives_the_same(mirrored, unchanged):
     with mirrored.scope():
-        model = keras.models.clone_model(small.model)
-        model.compile("sgd", small.model.loss)
-    model.set_weights(small.model.get_weights())
+        model = keras.models.clone_model(unchanged.model)
+        model.compile("sgd", unchanged.model.loss)
+    model.set_weights(unchanged.model.get_weights())
     settings = {"num_products": 6, "chunk_size": 5, "seed": 0}
-    found = hessian_trace(model, small.x, small.y, **settings)
-    expected = hessian_trace(small.model, small.x, small.y, **settings)
+    found = hessian_trace(model, unchanged.x, unchanged.y, **settings)
+    expected = hessian_trace(unchanged.model, unchanged.x, unchanged.y, **settings)
     assert found.value == pytest.approx(expected.value, rel=1e-5)
 
 
@@ -398,9 +412,9 @@ def test_curvlinops_says_the_same(name, rng):
         (hessian_spectral_density, {"width": -1.0}, "`width` must be a finite number greater"),
     ],
 )  # fmt: skip
-def test_arguments_out_of_range(small, measure, settings, message):
+def test_arguments_out_of_range(unchanged, measure, settings, message):
     with pytest.raises(ValueError, match=message):
-        measure(small.model, small.x, small.y, **settings)
+        measure(unchanged.model, unchanged.x, unchanged.y, **settings)
 
 
 def test_models_that_cannot_be_measured(small):
@@ -418,8 +432,8 @@ def test_models_that_cannot_be_measured(small):
         hessian_trace(small.model, x, y)
 
 
-def test_data_that_cannot_be_measured(small):
-    x, y = small.x, small.y
+def test_data_that_cannot_be_measured(unchanged):
+    x, y = unchanged.x, unchanged.y
     for data, message in [
         ((x, None), None),
         ((iter([(x, y)]), None), "read to their end, several times"),
@@ -430,18 +444,18 @@ def test_data_that_cannot_be_measured(small):
         (([], None), "must not be empty"),
     ]:
         with pytest.raises(ValueError, match=message or "Labels are needed"):
-            hessian_trace(small.model, *data)
+            hessian_trace(unchanged.model, *data)
     with pytest.raises(TypeError, match="`x` must be an array"):
-        hessian_trace(small.model, 3)
+        hessian_trace(unchanged.model, 3)
 
 
 @only_on("tensorflow", reason="of tf.data")
-def test_endless_data_are_refused(small):
+def test_endless_data_are_refused(unchanged):
     import tensorflow as tf
 
-    endless = tf.data.Dataset.from_tensor_slices((small.x, small.y)).batch(4).repeat()
+    endless = tf.data.Dataset.from_tensor_slices((unchanged.x, unchanged.y)).batch(4).repeat()
     with pytest.raises(ValueError, match="endless data"):
-        hessian_trace(small.model, endless)
+        hessian_trace(unchanged.model, endless)
 
 
 def test_start_is_never_orthogonal_to_all_that_there_is():
@@ -478,9 +492,9 @@ def test_random_state_is_left_as_it_was_by_a_loader(small):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_eigenvalues_that_have_not_converged_are_reported(small):
+def test_eigenvalues_that_have_not_converged_are_reported(unchanged):
     with pytest.warns(UserWarning, match="have not converged.*max_products=2"):
-        small.measured(hessian_spectral_radius, max_products=2)
+        unchanged.measured(hessian_spectral_radius, max_products=2)
 
 
 def test_weights_that_are_not_finite_give_nan(small):
@@ -490,10 +504,10 @@ def test_weights_that_are_not_finite_give_nan(small):
     assert np.isnan(small.measured(hessian_spectral_density, num_steps=3).value).all()
 
 
-def test_progress_bar_counts_the_products(small, capsys):
-    small.measured(hessian_trace, num_products=6, verbose=1)
+def test_progress_bar_counts_the_products(unchanged, capsys):
+    unchanged.measured(hessian_trace, num_products=6, verbose=1)
     assert "6/6" in capsys.readouterr().out
-    small.measured(hessian_trace, num_products=6)
+    unchanged.measured(hessian_trace, num_products=6)
     assert capsys.readouterr().out == ""
-    small.measured(hessian_spectral_radius, verbose=1)
+    unchanged.measured(hessian_spectral_radius, verbose=1)
     assert capsys.readouterr().out.endswith("\n")

@@ -14,9 +14,9 @@ from keras_infomcr.flatness import Hessian
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 
 
-@pytest.fixture
-def net(rng):
-    return Net("layer_norm", rng)
+@pytest.fixture(scope="module")
+def net():
+    return Net("layer_norm", np.random.default_rng(0))
 
 
 def test_product_is_in_the_order_of_the_weights(net):
@@ -54,6 +54,7 @@ def test_product_sees_the_weights_as_they_are(net):
     np.testing.assert_array_equal(hessian.product(ones), before)
     net.model.layers[0].trainable = False
     assert hessian.size == len(ones) - weights[0].size - weights[1].size
+    net.model.layers[0].trainable = True
 
 
 METHODS = {

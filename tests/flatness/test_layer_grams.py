@@ -127,7 +127,14 @@ def estimator_of(model, data):
 
 
 @pytest.mark.parametrize(
-    "stack", [dense, convolutions_1d, convolutions_2d, convolutions_3d, batch_normalizations]
+    "stack",
+    [
+        dense,
+        convolutions_1d,
+        convolutions_2d,
+        pytest.param(convolutions_3d, marks=pytest.mark.slow),
+        batch_normalizations,
+    ],
 )
 def test_layers_against_jacobians(float64, data, no_rows, stack):
     model = made(stack())

@@ -85,7 +85,9 @@ def test_one_sample_has_no_standard_error(data):
 # ---------------------------------------------------------------- its gradient
 
 
-@pytest.mark.parametrize(("gamma", "step_size"), [(4.0, 0.5), (40.0, 1.0)])
+@pytest.mark.parametrize(
+    ("gamma", "step_size"), [pytest.param(4.0, 0.5, marks=pytest.mark.slow), (40.0, 1.0)]
+)
 def test_gradient_of_a_quadratic_loss_has_a_closed_form(rng, gamma, step_size):
     """gamma (w - <w'>) = gamma A (A + gamma)^-1 (w - c), with A (w - c) the slope at w."""
     quadratic = Quadratic(rng, offset=10.0)

@@ -21,8 +21,8 @@ layers = keras.layers
     ("settings", "gamma", "b", "step_size", "num_steps"),
     [
         ({"fitted": True}, 1.0, 8.0, 0.03, 40),
-        ({"fitted": True}, 1.0, 8.0, 0.1, 40),
-        ({"fitted": True}, 40.0, 8.0, 1.0, 40),
+        pytest.param({"fitted": True}, 1.0, 8.0, 0.1, 40, marks=pytest.mark.slow),
+        pytest.param({"fitted": True}, 40.0, 8.0, 1.0, 40, marks=pytest.mark.slow),
         ({"offset": 3.0}, 1.0, 8.0, 0.05, 40),
         ({"offset": 3.0}, 1e4, 8e4, 0.05, 4),
     ],
@@ -111,6 +111,7 @@ def test_temperature_is_by_default_that_of_the_examples(rng):
         assert math.isnan(result.stderr)  # of a single chain
 
 
+@pytest.mark.slow
 def test_digits_at_the_defaults(digits):
     """Chains of the default steps stay near the weights of a small network that is trained."""
     x, y = digits[0][:500], digits[1][:500]

@@ -34,7 +34,13 @@ MEASURES = {
     "frobenius norm": (fisher_frobenius_norm, DRAW),
     "input jacobian": (input_jacobian_norm, {"num_examples": 12, "chunk_size": 6, "seed": 0}),
 }
-measures = pytest.mark.parametrize(("measure", "settings"), MEASURES.values(), ids=MEASURES)
+# They share what is compiled for gamma-hat and the trace: CI alone tries them.
+SLOW = ("gamma", "by layer", "spectral radius", "frobenius norm")
+PARAMS = [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, case in MEASURES.items()
+]
+measures = pytest.mark.parametrize(("measure", "settings"), PARAMS)
 only_compiled = pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing here")
 
 
@@ -140,7 +146,7 @@ def test_a_warning_of_probabilities_is_given_by_each_measurement(data):
             fisher_trace(model, *data, **DRAW)
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("run_eagerly", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_measured_model_is_collected(data, run_eagerly):
     model = counting(run_eagerly=run_eagerly)
     gamma_hat(model, *data, **DRAW)

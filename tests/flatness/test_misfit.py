@@ -68,7 +68,13 @@ def misfits(function, *args, **kwargs):
     return [tuple(map(float, re.search(pattern, text).groups())) for text in texts]
 
 
-@pytest.mark.parametrize("name", MEASURES)
+# They find the loss in the same place as other measures: CI alone tries them.
+SLOW = ("fisher_frobenius_norm", "fisher_spectral_radius", "hessian_frobenius_norm",
+        "hessian_top_eigenvalues", "gamma_hat_by_layer")  # fmt: skip
+PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MEASURES]
+
+
+@pytest.mark.parametrize("name", PARAMS)
 def test_a_diverged_model_is_warned_of_with_its_loss(data, name):
     model = scaled(regression(), 1e6)
     [(loss, guess)] = misfits(getattr(flatness, name), model, *data, **MEASURES[name])
@@ -77,7 +83,10 @@ def test_a_diverged_model_is_warned_of_with_its_loss(data, name):
     assert guess == pytest.approx(GUESS, rel=6e-3)
 
 
-@pytest.mark.parametrize("name", ["gamma_hat", "fisher_trace", "hessian_trace"])
+@pytest.mark.parametrize(
+    "name",
+    ["gamma_hat", pytest.param("fisher_trace", marks=pytest.mark.slow), "hessian_trace"],
+)
 @pytest.mark.parametrize(("times", "count"), [(1.99, 0), (2.01, 1)])
 def test_the_limit_is_twice_the_loss_of_a_uniform_guess(data, name, times, count):
     """With a kernel of zeros and labels 0: the loss is ln(1 + 3 exp(b)) if the first bias is -b."""

@@ -305,7 +305,9 @@ NOISE = (np.eye(3) * 0.7 + 0.1).astype("float32")
     ],
     ids=["corrected", "renamed"],
 )
-@pytest.mark.parametrize("measure", [hessian_frobenius_norm, hessian_trace])
+@pytest.mark.parametrize(
+    "measure", [pytest.param(hessian_frobenius_norm, marks=pytest.mark.slow), hessian_trace]
+)
 @pytest.mark.filterwarnings("ignore:The loss is no cross-entropy:UserWarning")
 def test_losses_derived_from_those_of_keras(rng, loss, same, measure):
     """A loss that computes the same as another has the same derivatives, to float32."""
@@ -319,7 +321,7 @@ def test_losses_derived_from_those_of_keras(rng, loss, same, measure):
     np.testing.assert_allclose(*found, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["softmax", None])
+@pytest.mark.parametrize("activation", [pytest.param("softmax", marks=pytest.mark.slow), None])
 def test_several_outputs_of_a_model_that_was_never_trained(rng, activation):
     """On JAX what Keras makes at its first loss must not be made while it is traced."""
     inputs = keras.Input((4,))

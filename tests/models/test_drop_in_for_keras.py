@@ -1,5 +1,7 @@
 """Where no regulariser acts, a `RegularizedModel` is the `keras.Model` that it replaces."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -32,12 +34,21 @@ def test_evaluate_and_its_like_return_what_keras_returns():
     check_training(classifier, run, compile, literal=False)
 
 
+FIT, COMPILE = fitting(epochs=2), compiling(metrics=["mae"])
+
+
+@functools.cache
+def trained_by_keras():
+    """Return the variables and the logs of a plain model."""
+    plain, logs = trained(keras.Model, normalized, FIT, COMPILE)
+    return variables(plain), logs
+
+
 def test_no_regularizer_is_plain_keras():
-    fit, compile = fitting(epochs=2), compiling(metrics=["mae"])
-    ours, logs = trained(RegularizedModel, normalized, fit, compile, regularizer=None)
-    plain, plain_logs = trained(keras.Model, normalized, fit, compile)
+    ours, logs = trained(RegularizedModel, normalized, FIT, COMPILE, regularizer=None)
+    plain, plain_logs = trained_by_keras()
     assert_same(logs, plain_logs)
-    assert_same(variables(ours), variables(plain))
+    assert_same(variables(ours), plain)
     assert ours.regularizer is None
 
 
@@ -47,12 +58,11 @@ def test_closed_gate_is_plain_keras_to_the_bit():
         model.regularizer_active = False
         return model
 
-    fit, compile = fitting(epochs=2), compiling(metrics=["mae"])
-    ours, logs = trained(RegularizedModel, build, fit, compile)
-    plain, plain_logs = trained(keras.Model, build, fit, compile)
+    ours, logs = trained(RegularizedModel, build, FIT, COMPILE)
+    plain, plain_logs = trained_by_keras()
     assert np.isnan(logs.pop("infomcr_reg")).tolist() == [True, True]
     assert_same(logs, plain_logs)
-    assert_same(variables(ours), variables(plain))
+    assert_same(variables(ours), plain)
 
 
 @only_on(

@@ -40,7 +40,11 @@ def test_loss_weights():
     check_training(two_heads, fitting(y={"a": LABELS, "b": Y}), compile, "auto")
 
 
-@with_main_gradient
+@pytest.mark.parametrize(
+    ("main", "mode"),
+    [pytest.param("full_batch", EAGER, marks=pytest.mark.slow), ("auto", {})],
+    ids=["full_batch", "auto"],
+)
 def test_weighted_metrics_and_sample_weight(main, mode):
     compile = compiling(**mode, metrics=["mae"], weighted_metrics=["mse"])
     check_training(two_layers, fitting(sample_weight=WEIGHTS), compile, main)
@@ -79,7 +83,9 @@ def test_add_loss():
     check_training(build, fitting(), compiling())
 
 
-@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+@pytest.mark.parametrize(
+    "main", [pytest.param("full_batch", marks=pytest.mark.slow), "sub_batches"]
+)
 def test_training_by_add_loss_alone(main):
     def build(base):
         inputs = keras.Input((4,))
@@ -94,7 +100,11 @@ def test_activity_penalty():
     )
 
 
-@with_main_gradient
+@pytest.mark.parametrize(
+    ("main", "mode"),
+    [("full_batch", EAGER), pytest.param("auto", {}, marks=pytest.mark.slow)],
+    ids=["full_batch", "auto"],
+)
 def test_weight_penalties(main, mode):
     penalties = {
         "kernel_regularizer": keras.regularizers.L1L2(1 / 64, 1 / 32),
@@ -126,7 +136,9 @@ def test_overridden_compute_loss_without_training():
     check_training(build, fitting(), compiling(**EAGER, loss=None))
 
 
-@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+@pytest.mark.parametrize(
+    "main", ["full_batch", pytest.param("sub_batches", marks=pytest.mark.slow)]
+)
 def test_metrics_updated_in_compute_loss(main):
     def build(base):
         class Net(base):

@@ -33,7 +33,7 @@ def test_state_advances_once_per_step():
 
 
 @pytest.mark.parametrize("mode", [EAGER, {}], ids=["eager", "graph"])
-@pytest.mark.parametrize("num_perturbed", [None, 1])
+@pytest.mark.parametrize("num_perturbed", [pytest.param(None, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
 def test_seeds_advance_once_per_step_whatever_the_main_gradient(main, num_perturbed, mode):
     regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main, num_perturbed)

@@ -182,7 +182,9 @@ class Counting(keras.layers.Layer):
 @only_on(
     "tensorflow", "torch", reason="JAX traces both branches, whether they are executed or not."
 )
-@pytest.mark.parametrize("num_perturbed", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "num_perturbed", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+)
 def test_cost_falls_with_the_sub_batches_that_are_perturbed(num_perturbed, rng):
     """Count the evaluations of sub-batches, each an eighth of the batch.
 

@@ -27,10 +27,22 @@ TRUE = draw.normal(size=(3, 2))
 Y = X @ TRUE
 START = draw.normal(size=(3, 2))
 
-with_every_rule = pytest.mark.parametrize("name", list(RULES))
-with_rule = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in RULES]
-)
+
+def with_rules(*fast):
+    """Try every rule; all but those named are left to CI."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [n if n in fast else pytest.param(n, marks=slow) for n in RULES]
+    )
+
+
+with_every_rule = with_rules(*RULES)
+with_rule = with_rules(*(RULES.keys() - VARIANTS))
+# Tests of `SubBatchPerturbation` alone do much of the same: where one other rule shows what there
+# is to see, CI alone tries it here.
+with_sam = with_rules("sam")
+# The memory of noise moves with each step, the other rules that are tried first have none.
+with_noise = with_rules("weight_noise")
 
 
 def linear(base=RegularizedModel):
@@ -115,7 +127,7 @@ def test_the_minimum_of_a_quadratic_is_reached(name, float64):
     np.testing.assert_allclose(model.get_weights()[0], TRUE, atol=1e-3)
 
 
-@with_rule
+@with_sam
 @pytest.mark.parametrize(
     "mode", [{}, pytest.param(EAGER, marks=pytest.mark.slow)], ids=["compiled", "eager"]
 )
@@ -204,7 +216,7 @@ def test_mixed_precision_follows_float32(name):
     np.testing.assert_allclose(half.get_weights()[0], full.get_weights()[0], atol=1e-2)
 
 
-@with_rule
+@with_sam
 def test_compiled_by_xla(name):
     if BACKEND == "torch":
         pytest.skip("torch.compile takes half a minute a model")
@@ -215,7 +227,7 @@ def test_compiled_by_xla(name):
     assert_same(jitted, eager, atol=1e-5)
 
 
-@with_rule
+@with_noise
 @pytest.mark.parametrize(
     "kind", ["model.keras", pytest.param("model.weights.h5", marks=pytest.mark.slow)]
 )
@@ -241,7 +253,7 @@ def test_resumes_in_the_middle(name, kind, tmp_path):
     assert_same(resumed, whole, atol=0)
 
 
-@with_rule
+@with_noise
 def test_weight_files_are_those_of_a_plain_model(name, tmp_path):
     ours, _ = fitted(compiled(network(), RULES[name][0](STRENGTH), **EAGER), 1)
     ours.save_weights(tmp_path / "ours.weights.h5")
@@ -254,7 +266,7 @@ def test_weight_files_are_those_of_a_plain_model(name, tmp_path):
     ours.load_weights(tmp_path / "plain.weights.h5")
 
 
-@with_rule
+@with_noise
 def test_memory_is_no_weight_and_no_metric(name):
     model = compiled(network(), RULES[name][0](STRENGTH), **EAGER)
     fitted(model, 1)
@@ -269,7 +281,7 @@ def rows_of_one_device(name):
     return [0, 3, 1, 4, 2, 5] if name in STEPPING else slice(None)
 
 
-@with_rule
+@with_sam
 @only_on("tensorflow", reason="`MirroredStrategy` is TensorFlow's")
 def test_two_replicas_are_one_device(name, mirrored, float64):
     if name in DRAWING:

@@ -171,7 +171,9 @@ def test_the_radius_is_live(rng, float64):
         model.regularizer.rho = 0.0
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
+)
 def test_half_precision_follows_float32_as_plain_keras_does(policy):
     """A step differs from float32's by at most twice what a plain step does, for four batches.
 

@@ -32,6 +32,7 @@ def data(rng):
 
 
 MAIN_GRADIENTS = ["full_batch", "sub_batches", "auto"]
+slow = pytest.mark.slow
 with_net = pytest.mark.parametrize("net", [SoftmaxRegression, TwoLayers])
 
 
@@ -52,9 +53,9 @@ def test_contribution_is_the_gradient_of_algorithm_1(float64, net, data, size, c
     np.testing.assert_allclose(result.value, value, rtol=1e-10)
 
 
-@with_net
+@pytest.mark.parametrize("net", [pytest.param(SoftmaxRegression, marks=slow), TwoLayers])
 @pytest.mark.parametrize("main", MAIN_GRADIENTS)
-@pytest.mark.parametrize(("size", "count"), [(7, 2), (2, 3)])
+@pytest.mark.parametrize(("size", "count"), [(7, 2), pytest.param(2, 3, marks=slow)])
 def test_one_step_is_algorithm_1(float64, net, data, size, count, main):
     x, y, weights = (a[:size] for a in data)
     model = make(net, PENALTY, num_sub_batches=count, main_gradient=main)
@@ -71,8 +72,8 @@ def test_one_step_is_algorithm_1(float64, net, data, size, count, main):
     ("net", "main"),
     [*((TwoLayers, main) for main in MAIN_GRADIENTS), (SoftmaxRegression, "auto")],
 )
-@pytest.mark.parametrize("penalty", [0.0, PENALTY], ids=["", "L2"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=slow), PENALTY], ids=["", "L2"])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=slow), True], ids=["", "weighted"])
 def test_three_steps_are_algorithm_1(float64, data, net, main, penalty, weighted):
     """Batches of 7, 7 and 1 examples are cut into sub-batches of 3, 4, 3, 4 and 1."""
     x, y, weights = (a[:15] for a in data)
