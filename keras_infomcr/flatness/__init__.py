@@ -27,6 +27,8 @@ from keras_infomcr.flatness.neighbourhood.local_entropy_gradient_norm import (
 )
 from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
 from keras_infomcr.flatness.reestimate_batch_norm import reestimate_batch_norm
+from keras_infomcr.flatness.surface.loss_between import LossBetween, loss_between
+from keras_infomcr.flatness.surface.loss_surface import LossSurface, loss_surface
 
 __all__ = [
     "Estimate",
@@ -35,6 +37,8 @@ __all__ = [
     "GammaHatByLayer",
     "Hessian",
     "LocalEnergy",
+    "LossBetween",
+    "LossSurface",
     "PacBayesBound",
     "SpectralDensity",
     "SpectralRadius",
@@ -56,6 +60,8 @@ __all__ = [
     "local_energy",
     "local_entropy",
     "local_entropy_gradient_norm",
+    "loss_between",
+    "loss_surface",
     "pac_bayes_bound",
     "plot",
     "reestimate_batch_norm",

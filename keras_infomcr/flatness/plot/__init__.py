@@ -2,5 +2,6 @@
 
 from keras_infomcr.flatness.plot.layers import by_layer
 from keras_infomcr.flatness.plot.spectra import spectral_density
+from keras_infomcr.flatness.plot.surfaces import loss_between, loss_surface
 
-__all__ = ["by_layer", "spectral_density"]
+__all__ = ["by_layer", "loss_between", "loss_surface", "spectral_density"]

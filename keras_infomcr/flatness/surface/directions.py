@@ -33,8 +33,7 @@ def directions_of(
     if isinstance(directions, (int, np.integer)) and not isinstance(directions, bool):
         validation.integer(minimum=1, maximum=2, directions=directions)
         found = _random_directions(function, directions, normalize, seed)
-        how = f", {normalize}-normalised" if normalize else ""
-        names = [f"random direction {k + 1}{how}" for k in range(directions)]
+        names = [f"random direction {k + 1}" for k in range(directions)]
     else:
         if not isinstance(directions, (list, tuple, np.ndarray)) or len(directions) not in (1, 2):
             raise ValueError(
@@ -46,8 +45,8 @@ def directions_of(
     for name, direction in zip(names, found):
         if not np.isfinite(direction).all() or not direction.any():
             raise ValueError(
-                "Each of `directions` must be finite, and move some weight. Received: a "
-                f"{name} of norm {euclidean_norm(direction):.3g}."
+                "Each of `directions` must be finite, and move some weight. Received: "
+                f"{name}, of norm {euclidean_norm(direction):.3g}."
             )
     return np.stack(found), tuple(names)
 
@@ -56,8 +55,8 @@ def _random_directions(
     function: LossFunction, number: int, normalize: str | None, seed: int
 ) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
-    axes = filter_axes(function.model)
-    weights = [ops.convert_to_numpy(v) for v in function.arrays(function.weights())]
+    variables, axes = function.model.trainable_variables, filter_axes(function.model)
+    weights = [ops.convert_to_numpy(ops.copy(v)).astype("float64") for v in variables]
     directions = []
     for _ in range(number):
         # Drawn for all weights, also those left still, in one row: models of one architecture
@@ -92,5 +91,7 @@ def _given_direction(direction: Any, function: LossFunction, data: Iterable) -> 
 
 def _name(direction: Any, number: int) -> str:
     if isinstance(direction, str):
-        return "gradient"
-    return "line to model" if isinstance(direction, keras.Model) else f"given direction {number}"
+        return "the gradient"
+    return (
+        "the line to a model" if isinstance(direction, keras.Model) else f"given direction {number}"
+    )

@@ -1,6 +1,7 @@
 """The loss on the straight line between two models."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -103,13 +104,13 @@ def loss_between(
     (data,) = trial_batches(x, y, num_examples, 1, chunk_size, seed)
     coordinates = np.linspace(0, 1, num_points)
     line = _line(function, others)
-    points = map(line, coordinates)
+    points = map(line, coordinates.tolist())
     losses, errors = losses_and_errors(function, data, points, num_points, reestimate, verbose)
     barriers = (_barrier(coordinates, values) for values in (losses, errors))
     return LossBetween(coordinates, losses, errors, *barriers)
 
 
-def _line(function: LossAndError, others: dict[int, keras.Variable]):
+def _line(function: LossAndError, others: dict[int, keras.Variable]) -> Callable:
     """Return the function of a coordinate that gives the weights, a vector, and the state there."""
     variables = function.model.trainable_variables
     weights, state = function.weights(), function.state()

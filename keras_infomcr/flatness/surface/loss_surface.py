@@ -31,6 +31,7 @@ class LossSurface:
             `model.trainable_variables`. Given to another call, they show other data, or a finer
             grid, on the same slice.
         names: Tuple of strings, what the directions are.
+        normalize: String or `None`, how random directions are normalised; `None` for given ones.
         seed: Integer, the seed of all draws: the one given, or the one drawn in its place.
     """
 
@@ -39,6 +40,7 @@ class LossSurface:
     errors: np.ndarray
     directions: np.ndarray
     names: tuple[str, ...]
+    normalize: str | None
     seed: int
 
 
@@ -140,7 +142,8 @@ def loss_surface(
     size = num_points ** len(vectors)
     found = losses_and_errors(function, data, points, size, reestimate, verbose)
     losses, errors = (values.reshape(shape) for values in found)
-    return LossSurface(coordinates, losses, errors, vectors, names, seed)
+    normalize = normalize if isinstance(directions, (int, np.integer)) else None
+    return LossSurface(coordinates, losses, errors, vectors, names, normalize, seed)
 
 
 def _ends(span: Any) -> tuple[float, float]:
