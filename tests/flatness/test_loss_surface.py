@@ -11,6 +11,8 @@ from measuring import Quadratic, assert_untouched, in_batches
 from nets import NUM_CLASSES, compiled, from_logits, of_convolutions, sequential
 
 from keras_infomcr.flatness import loss_surface, plot
+from keras_infomcr.flatness.loss.loss_function import LossFunction
+from keras_infomcr.flatness.surface.directions import directions_of
 
 layers = keras.layers
 
@@ -157,11 +159,9 @@ def test_each_filter_of_a_direction_has_the_norm_of_that_of_the_weights(rng, mak
     model = eager(compiled(keras.Model(inputs, last), from_logits()))
     for variable in model.trainable_variables:  # so that no bias is zero
         variable.assign(rng.uniform(0.5, 2, variable.shape))
-    x, y = rng.integers(0, 4, (3, *shape)).astype("float32"), np.arange(3)
-    settings = {"directions": 1, "num_points": 2, "seed": 0}
+    function = LossFunction(model)
     drawn, found = (
-        parts(loss_surface(model, x, y, normalize=how, **settings).directions[0], model)
-        for how in (None, "filter")
+        parts(directions_of(1, function, [], how, seed=0)[0][0], model) for how in (None, "filter")
     )
     found, drawn = found[:-1], drawn[:-1]
     assert len(found) == len(filters)
@@ -190,7 +190,7 @@ def rescaled_before_batch_norm(scales):
     norm = layers.BatchNormalization(epsilon=1e-12)
     stack = [layers.Dense(5, use_bias=False), norm, layers.ReLU(), layers.Dense(NUM_CLASSES)]
     model = eager(sequential(*stack))
-    model.layers[0].kernel.assign(model.layers[0].kernel.value * scales)
+    model.layers[0].kernel.assign(numpy(model.layers[0].kernel) * scales)
     norm.moving_mean.assign(0.1 * scales)
     norm.moving_variance.assign(scales**2)
     return model
