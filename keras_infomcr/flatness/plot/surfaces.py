@@ -116,7 +116,7 @@ def _draw_contours(result: LossSurface, axes: Any) -> None:
     lines = axes.contour(*grid, colors="black", linewidths=0.6, **settings)
     # Around a narrow valley the labels of the innermost lines would cover each other.
     wide = [level for level in lines.levels if np.mean(losses < level) > _LABELLED]
-    axes.clabel(lines, wide, fontsize="x-small", fmt="%.2g")
+    axes.clabel(lines, wide, fontsize="x-small", fmt=lambda v: f"{float(f'{v:.2g}'):g}")
     if result.coordinates[0] < 0 < result.coordinates[-1]:
         axes.plot(0, 0, "+", color="red", markersize=10)
     axes.set_aspect("equal")
