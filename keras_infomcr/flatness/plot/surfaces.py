@@ -14,7 +14,7 @@ from keras_infomcr.flatness.surface.loss_surface import LossSurface
 _LARGE_RANGE, _SMALLEST = 20, 1e-4
 
 # The fraction of a contour picture that a line must surround to have a label.
-_LABELLED = 0.02
+_LABELLED = 0.04
 
 
 def loss_surface(result: LossSurface, axes: Any = None, *, kind: str = "contour") -> Any:

@@ -27,8 +27,8 @@ def directions_of(
         seed: Integer.
 
     Raises:
-        TypeError: If a direction is none of what can be one.
-        ValueError: If there are more than two, or one is zero, not finite or of another shape.
+        ValueError: If there are more than two, or one is zero, not finite or of another shape, or
+            none of what can be a direction.
     """
     if isinstance(directions, (int, np.integer)) and not isinstance(directions, bool):
         validation.integer(minimum=1, maximum=2, directions=directions)

@@ -117,7 +117,7 @@ def _line(function: LossAndError, others: dict[int, keras.Variable]) -> Callable
     rise = function.vector([ops.copy(others[id(v)]) for v in variables]) - weights
     # Neither the states of random generators nor integers, which have no part in the loss.
     rises = {
-        k: ops.convert_to_tensor(others[id(v)]) - state[k]
+        k: ops.cast(ops.copy(others[id(v)]), v.dtype) - state[k]
         for k, v in enumerate(function.model.non_trainable_variables)
         if id(v) in others and "float" in v.dtype
     }

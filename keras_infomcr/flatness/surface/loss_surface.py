@@ -88,7 +88,8 @@ def loss_surface(
             the coordinate 1; or `"gradient"`, of the loss at w, scaled to the norm 1. Defaults
             to 2.
         span: Float, greater than 0: coordinates run from `-span` to `span`. Or a tuple `(low,
-            high)`. Defaults to 1.0: random directions that are normalised are as long as w then.
+            high)`. Defaults to 1.0, where a random direction that is normalised reaches as far as w
+            is long.
         num_points: Integer, at least 2, of each direction. With an odd number the model itself is
             a point of a symmetric span. Defaults to 25.
         normalize: `"filter"`, `"layer"` (each variable as one filter), `"weight"` (each number
