@@ -148,12 +148,9 @@ class Hessian:
     ) -> HessianTraceByLayer:
         """Estimate the traces of layers, as `hessian_trace_by_layer` does, which explains it.
 
-        Args:
-            num_products: As there.
-            method: As there.
-            known: A `TopEigenvalues` with vectors, of this Hessian or one like it. Their share is
-                computed, which lowers the standard errors at no further product. The estimates
-                are unbiased whatever the vectors are.
+        The eigenvalues `known`, with vectors, of this Hessian or one like it have their share
+        computed, which lowers the standard errors at no further product. The estimates are
+        unbiased whatever the vectors are.
         """
         weights = LayersOfWeights(self.model.trainable_variables)
         estimates = TraceEstimates(num_products, method, weights.dots, known)
@@ -192,15 +189,9 @@ class Hessian:
     ) -> TopEigenvalues:
         """Compute the largest eigenvalues, as `hessian_top_eigenvalues` does, which explains it.
 
-        Args:
-            num_eigenvalues: As there.
-            tolerance: As there.
-            max_products: As there.
-            vectors: As there.
-            starts: Array `[n, W]`, vectors near the eigenvectors that are sought, such as the
-                `vectors` found some steps of training ago: about half as many products are then
-                needed. An eigenvalue that has overtaken those of the vectors since may be missed,
-                the more so the fewer are sought.
+        `starts` is an array `[n, W]` of vectors near the eigenvectors, such as those found some
+        steps of training ago: about half as many products are then needed. An eigenvalue that has
+        overtaken theirs since may be missed, the more so the fewer are sought.
         """
         check_arguments(num_eigenvalues, vectors, starts, self.size, len(self._trials))
         search = EigenvalueSearch(
