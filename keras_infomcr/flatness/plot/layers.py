@@ -8,7 +8,6 @@ from keras_infomcr.flatness.fisher.gamma_hat_by_layer import GammaHatByLayer
 from keras_infomcr.flatness.hessian.results import HessianTraceByLayer
 from keras_infomcr.flatness.plot.axes import check_result, new_axes
 
-
 _QUANTITIES = {
     GammaHatByLayer: "gamma-hat of the layer",
     HessianTraceByLayer: "trace of the Hessian by the layer's weights",
