@@ -15,6 +15,9 @@ from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.models.stability import stability_threshold
 from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation
 
+# Where the values do not matter.
+QUICK = {"num_examples": 5, "tolerance": 0.9}
+
 
 @pytest.fixture
 def data(rng):
@@ -96,7 +99,7 @@ def test_eigenvalues_are_those_of_the_hessian_formed_at_each_measurement(
 
 def test_epochs_hold_the_last_measurement_within_them(data):
     """Of 4 steps an epoch: measured before the steps 0, 6 and 12, and after the last, 16."""
-    callback = SharpnessCallback(data, frequency=6, unit="step", num_examples=10)
+    callback = SharpnessCallback(data, frequency=6, unit="step", **QUICK)
     logs = fit(perceptron(run_eagerly=True), data, callback, epochs=4).history
     np.testing.assert_array_equal(callback.record["step"], [0, 6, 12, 16])
     rows = callback.record["hessian_eigenvalue_1"]
@@ -118,32 +121,33 @@ def test_measurements_by_epochs(data):
 
 
 def test_training_that_ends_early_and_executions_of_several_steps(data):
-    callback = SharpnessCallback(data, frequency=3, unit="step", num_examples=10)
+    callback = SharpnessCallback(data, frequency=3, unit="step", **QUICK)
     fit(perceptron(run_eagerly=True), data, callback, epochs=5, others=[Stop(0, batch=1)])
     np.testing.assert_array_equal(callback.record["step"], [0, 2])
     # The steps 0 to 2 and 3 in one go each: nothing can be measured between them.
-    fit(perceptron(steps_per_execution=3), data, callback, epochs=2)
+    fit(perceptron(steps_per_execution=3, run_eagerly=True), data, callback, epochs=2)
     np.testing.assert_array_equal(callback.record["step"], [0, 3, 7, 8])
 
 
 def test_traces_of_layers(data):
-    callback = SharpnessCallback(data, num_examples=None, num_probes=60)
+    callback = SharpnessCallback(data, num_examples=None, num_probes=20)
     model = perceptron(run_eagerly=True)
-    logs = fit(model, data, callback).history
+    logs = fit(model, data, callback, epochs=1).history
     hessian = hessian_by_numpy([w.astype("float64") for w in model.get_weights()], *data)
     expected = np.trace(hessian[:12, :12]), np.trace(hessian[12:, 12:])
     found = callback.trace_by_layer
     assert found.layers == tuple(layer.path for layer in model.layers)
-    # 4 standard errors of 60 draws: one in ten thousand.
+    # 4 standard errors of 20 draws: one in a thousand.
     assert np.all(np.abs(found.values - expected) <= 4 * found.stderrs)
-    plain = hessian_trace_by_layer(model, *data, num_products=60, method="hutchinson", seed=0)
+    plain = hessian_trace_by_layer(model, *data, num_products=20, method="hutchinson", seed=0)
     assert np.all(found.stderrs < plain.stderrs)
     np.testing.assert_array_equal(callback.record["hessian_trace_by_layer"][-1], found.values)
-    assert callback.record["hessian_trace_by_layer"].shape == (2, 2)
+    assert callback.record["hessian_trace_by_layer"].shape == (1, 2)
     assert logs["hessian_trace"][-1] == pytest.approx(found.values.sum())
     assert 0 < logs["hessian_trace_stderr"][-1] <= found.stderrs.sum()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit_with_and_without(data):
     def trained(*callbacks):
         keras.utils.set_random_seed(0)
@@ -170,7 +174,7 @@ def test_layers_frozen_while_it_trains(data):
         def on_epoch_begin(self, epoch, logs=None):
             self.model.layers[0].trainable = epoch == 0
 
-    callback = SharpnessCallback(data, num_examples=10)
+    callback = SharpnessCallback(data, **QUICK)
     fit(perceptron(run_eagerly=True), data, callback, others=[Freeze()])
     assert callback.result.vectors.shape == (2, 4)
 
@@ -178,14 +182,14 @@ def test_layers_frozen_while_it_trains(data):
 def test_models_that_wait_for_a_batch(data):
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse", run_eagerly=True)
-    callback = SharpnessCallback(data, unit="step", num_examples=None, num_eigenvalues=1)
+    callback = SharpnessCallback(data, unit="step", num_eigenvalues=1, **QUICK)
     fit(model, data, callback, epochs=1)
     assert list(callback.record["step"])[-4:] == [1, 2, 3, 4]
 
 
 @pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 def test_a_run_that_has_diverged_is_measured_as_nan(data):
-    callback = SharpnessCallback(data, num_examples=None)
+    callback = SharpnessCallback(data, **QUICK)
     logs = fit(perceptron(optimizers.SGD(1e30), run_eagerly=True), data, callback).history
     assert np.isnan(logs["hessian_eigenvalue_1"][-1])
 
@@ -203,7 +207,7 @@ def test_model_under_a_distribution_strategy(data, mirrored):
 
 
 def test_verbose_prints_a_line_for_each_measurement(data, capsys):
-    callback = SharpnessCallback(data, num_examples=10, verbose=1)
+    callback = SharpnessCallback(data, verbose=1, **QUICK)
     fit(perceptron(run_eagerly=True), data, callback)
     lines = capsys.readouterr().out.splitlines()
     first = callback.record["hessian_eigenvalue_1"][0]
@@ -308,7 +312,7 @@ def test_thresholds_of_optimizers():
 
 def test_threshold_follows_a_schedule(data):
     schedule = optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.05])
-    callback = SharpnessCallback(data, unit="step", num_examples=None)
+    callback = SharpnessCallback(data, unit="step", **QUICK)
     fit(perceptron(optimizers.SGD(schedule), run_eagerly=True), data, callback, epochs=1)
     np.testing.assert_allclose(callback.record["stability_threshold"], [20, 20, 20, 40, 40])
 
