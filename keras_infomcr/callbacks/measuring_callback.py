@@ -110,7 +110,7 @@ class MeasuringCallback(keras.callbacks.Callback):
                 f"see {list(self.names)}. Put `{ours}` first."
             )
 
-    def _measure(self, logs: dict, when: str):
+    def _measure(self, logs: dict, when: str, after_epoch: bool = True):
         start = time.perf_counter()
         epoch_seconds = start - self._epoch_start
         found = self.measure()
@@ -124,7 +124,7 @@ class MeasuringCallback(keras.callbacks.Callback):
         estimates = [f"{name} {found[name]:#.5g}{errors.get(name, '')}" for name in named]
         print(f"{when}: {', '.join(estimates)} ({seconds:.1f} s)")
         # The first measurement compiles; its time would say nothing of the others.
-        if self._num_measured == 2:
+        if self._num_measured == 2 and after_epoch:
             share = 100 * seconds / epoch_seconds
             print(f"{', '.join(named)} takes {share:.1f} % of an epoch's time")
 

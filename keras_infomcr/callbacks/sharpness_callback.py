@@ -60,7 +60,7 @@ class SharpnessCallback(MeasuringCallback):
         loss: As for `hessian_trace`. Defaults to the compiled loss.
         seed: Integer or `None`, of all draws. Defaults to 0, so that runs compare.
         verbose: 0 or 1. With 1, a line is printed for each measurement, and once, after the
-            second, what part of an epoch's time it takes. Defaults to 0.
+            second of those by epochs, what part of an epoch's time it takes. Defaults to 0.
 
     Attributes:
         result: The last `TopEigenvalues`, with vectors; `None` before the first.
@@ -160,7 +160,7 @@ class SharpnessCallback(MeasuringCallback):
         self._prepare()
         if self.unit == "step" and self._step >= self._due and self._hessian is not None:
             self._due = self._step + self.frequency
-            self._measure(self._logs, f"Step {self._step}")
+            self._measure(self._logs, f"Step {self._step}", after_epoch=False)
 
     def on_epoch_end(self, epoch, logs=None):
         taken = self._step - self._steps_before + self.model.steps_per_execution
