@@ -24,6 +24,7 @@ class EigenvalueSearch:
         max_products: Integer, at least `count`.
         floor: Float, as for `core.lanczos.top_eigenvalues`.
         starts: Array `[n, W]` of vectors to start near, or `None`.
+        vectors: Boolean, whether to keep the eigenvectors.
     """
 
     count: int
@@ -32,16 +33,20 @@ class EigenvalueSearch:
     max_products: int
     floor: float
     starts: np.ndarray | None = None
+    vectors: bool = False
 
     def __post_init__(self):
         validation.positive(tolerance=self.tolerance)
         validation.integer(minimum=self.count, max_products=self.max_products)
 
-    def __call__(self, hessian: HessianProducts) -> tuple[np.ndarray, float, np.ndarray]:
-        """Return the eigenvalues, the largest of their relative errors, and their vectors."""
+    def __call__(self, hessian: HessianProducts) -> tuple[np.ndarray, float, np.ndarray | None]:
+        """Return the eigenvalues, the largest of their relative errors, and vectors or `None`."""
         accuracy = self.tolerance, self.max_products, self.floor
         start = hessian.direction(self.starts)
-        return top_eigenvalues(hessian.product, start, self.count, self.order, *accuracy)
+        values, error, vectors = top_eigenvalues(
+            hessian.product, start, self.count, self.order, *accuracy
+        )
+        return values, error, vectors if self.vectors else None
 
     def warn_of_errors(self, errors: list[float]):
         """Warn of eigenvalues that have not converged."""

@@ -131,7 +131,7 @@ class Hessian:
         Returns:
             Array `[W]`, in the order and the dtype of `product`.
         """
-        gradients, _ = self._over_trials(self._loss(), HessianProducts.gradient, 0)
+        gradients, _ = self._over_trials(self._loss(), HessianProducts.gradient, 1)
         return np.mean(gradients, axis=0)
 
     def trace(self, *, num_products: int = 30, method: str = "hutch++") -> Estimate:
@@ -195,11 +195,10 @@ class Hessian:
         """
         check_arguments(num_eigenvalues, vectors, starts, self.size, len(self._trials))
         search = EigenvalueSearch(
-            num_eigenvalues, by_size, tolerance, max_products, floor=0.01, starts=starts
+            num_eigenvalues, by_size, tolerance, max_products, 0.01, starts, vectors
         )
-        samples, found = self._eigenvalues(search)
+        samples, (found, *_) = self._eigenvalues(search)
         first, means = Estimate.of(samples[:, 0]), samples.mean(axis=0)
-        found = found[0] if vectors else None
         return TopEigenvalues(first.value, first.stderr, samples, means, found)
 
     def spectral_density(

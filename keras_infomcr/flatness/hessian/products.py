@@ -58,7 +58,9 @@ class HessianProducts:
 
     def gradient(self) -> np.ndarray:
         """Return the gradient of the loss, an array `[W]`."""
-        return self._loss.gradient(self._data, self._at)[1]
+        _, gradient = self._loss.gradient(self._data, self._at)
+        self._progress.add(1)
+        return gradient
 
     def direction(self, near: np.ndarray | None = None) -> np.ndarray:
         """Return a random vector of any direction, or half of which is the sum of others.
