@@ -124,6 +124,7 @@ def test_training_that_ends_early(data):
     np.testing.assert_array_equal(callback.record["step"], [0, 2])
 
 
+@pytest.mark.slow
 @only_on("tensorflow", "jax", reason="torch takes one step at a time")
 def test_executions_of_several_steps(data):
     """The steps 0 to 2 and 3 of an epoch in one go each: nothing can be measured between them."""
@@ -183,6 +184,7 @@ def test_layers_frozen_while_it_trains(data):
     assert callback.result.vectors.shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_models_that_wait_for_a_batch(data):
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse", run_eagerly=True)
