@@ -10,11 +10,17 @@ from keras_infomcr.flatness.fisher.spectral_radius import fisher_spectral_radius
 from keras_infomcr.flatness.fisher.trace import fisher_trace
 from keras_infomcr.flatness.hessian.frobenius_norm import hessian_frobenius_norm
 from keras_infomcr.flatness.hessian.operator import Hessian
-from keras_infomcr.flatness.hessian.results import SpectralDensity, SpectralRadius, TopEigenvalues
+from keras_infomcr.flatness.hessian.results import (
+    HessianTraceByLayer,
+    SpectralDensity,
+    SpectralRadius,
+    TopEigenvalues,
+)
 from keras_infomcr.flatness.hessian.spectral_density import hessian_spectral_density
 from keras_infomcr.flatness.hessian.spectral_radius import hessian_spectral_radius
 from keras_infomcr.flatness.hessian.top_eigenvalues import hessian_top_eigenvalues
 from keras_infomcr.flatness.hessian.trace import hessian_trace
+from keras_infomcr.flatness.hessian.trace_by_layer import hessian_trace_by_layer
 from keras_infomcr.flatness.input_jacobian import input_jacobian_norm
 from keras_infomcr.flatness.neighbourhood.adaptive_sharpness import adaptive_sharpness
 from keras_infomcr.flatness.neighbourhood.average_adaptive_sharpness import (
@@ -36,6 +42,7 @@ __all__ = [
     "GammaHat",
     "GammaHatByLayer",
     "Hessian",
+    "HessianTraceByLayer",
     "LocalEnergy",
     "LossBetween",
     "LossSurface",
@@ -56,6 +63,7 @@ __all__ = [
     "hessian_spectral_radius",
     "hessian_top_eigenvalues",
     "hessian_trace",
+    "hessian_trace_by_layer",
     "input_jacobian_norm",
     "local_energy",
     "local_entropy",

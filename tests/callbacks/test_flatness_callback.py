@@ -77,7 +77,7 @@ def test_every_measure_has_a_name(data):
     )
     small = {"gamma": 5, "gamma_hat": 5, "fisher": 5}
     # Which give no single number.
-    others = {"gamma_hat_by_layer", "hessian_spectral_density"}
+    others = {"gamma_hat_by_layer", "hessian_spectral_density", "hessian_trace_by_layer"}
     measures = []
     for name in names:
         if name in others:
