@@ -110,7 +110,7 @@ class MeasuringCallback(keras.callbacks.Callback):
         self._num_measured += 1
         if not self.verbose:
             return
-        named = [name for name in self.names if not name.endswith("_stderr")]
+        named = [name for name in self.names if f"{name}_stderr" in self.names]
         estimates = [
             f"{name} {found[name]:#.5g} +- {found[f'{name}_stderr']:#.3g}" for name in named
         ]

@@ -33,8 +33,8 @@ def literal(net, kernel):
 
 def measured(net, layer, **settings):
     net.model.run_eagerly = BACKEND != "jax"
-    # Twenty sketches span the Z of the layers of `Net` but for one, so that the trace is exact.
-    return net.measured(relative_flatness, layer=layer, **{"num_products": 60} | settings)
+    # A third of them span the Z of each layer, at most 32 numbers, so that the trace is exact.
+    return net.measured(relative_flatness, layer=layer, **{"num_products": 100} | settings)
 
 
 @pytest.mark.parametrize(
