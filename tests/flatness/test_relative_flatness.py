@@ -9,7 +9,7 @@ from frameworks import BACKEND, numpy
 from hessian_nets import Net
 from keras import layers
 from measuring import assert_untouched
-from nets import classifier, compiled, sequential
+from nets import classifier, compiled, misfits, sequential
 
 from keras_infomcr.flatness import relative_flatness
 
@@ -76,6 +76,7 @@ def test_few_products_are_an_unbiased_estimate(rng):
     assert stderr > 0
 
 
+@misfits
 def test_softmax_regression_has_a_closed_form(rng):
     """Without hidden layers H_{s,s'} = E[(p_s [s = s'] - p_s p_s') x x^T], whatever the label."""
     model = sequential(layers.Dense(2))
