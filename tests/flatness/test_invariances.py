@@ -48,8 +48,8 @@ RESCALINGS = {"layer": layer, "batch norm": batch_norm, "logits": logits}
 TITLES = "layer rescaling", "batch-norm scale", "logit scale"
 
 TRIALS = {"num_examples": 8, "num_trials": 2}
-# By the name in the docs: the settings, and whether the measure stays at each rescaling. What
-# stands in brackets says which setting.
+# By the name in the docs, which says in brackets what is set: the settings, and whether the measure
+# stays at each rescaling.
 MEASURES = {
     "hessian_spectral_radius": ({}, "no no no"),
     "hessian_top_eigenvalues": ({"num_eigenvalues": 2}, "no no no"),
@@ -71,7 +71,10 @@ MEASURES = {
     "average_adaptive_sharpness": ({"num_samples": 4}, "yes yes no"),
     "input_jacobian_norm": ({}, "yes yes no"),
     "relative_flatness": ({"num_products": 6}, "yes yes no"),
+    "relative_flatness (a ReLU layer)": ({"layer": "second", "num_products": 6}, "yes yes no"),
+    "relative_flatness (before batch norm)": ({"layer": "first", "num_products": 6}, "yes yes no"),
     "fisher_rao_norm": ({}, "yes yes no"),
+    "fisher_rao_norm (`labels=\"data\"`)": ({"labels": "data"}, "yes yes no"),
 }  # fmt: skip
 FAST = "average_adaptive_sharpness", "relative_flatness", "fisher_rao_norm"
 

@@ -93,6 +93,7 @@ def test_softmax_regression_has_a_closed_form(rng):
     )
 
 
+@pytest.mark.slow
 def test_trials(rng):
     net = Net("dense_batch_norm", rng)
     result = measured(net, None, num_examples=12, num_trials=2, num_products=39)
