@@ -16,10 +16,10 @@ _KINDS = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.la
 
 
 class LayerLoss:
-    """The loss by Z, where the kernel W of a layer is W + Z W: what `Hessian` asks of a loss.
+    """The loss by Z, where the kernel W of a layer is W + Z R: what `Hessian` asks of a loss.
 
-    Z W has the Gram matrix of its rows in common with Z R for all R with R^T R = W^T W, on which
-    alone the trace depends. R is triangular, and has no more rows than W has columns.
+    The trace of its Hessian depends on R^T R alone, and is that of W + Z W where R^T R = W^T W.
+    Here R is triangular, with no more rows than W has rows or columns.
 
     Args:
         loss: A `LossFunction`.

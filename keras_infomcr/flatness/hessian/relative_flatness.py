@@ -36,10 +36,10 @@ def relative_flatness(
     layer's divided by it, kappa stays the same.
 
     It is the trace of the Hessian by Z, at Z = 0, of the loss with the kernel W + Z W in place of
-    the kernel W, `[inputs, neurons]`. That trace is estimated by Hutch++ as in `hessian_trace`;
-    the products with vectors are those of one layer, and the nearer it stands to the loss, the
-    less they cost. Where the layer has so few inputs and neurons that the products suffice, the
-    trace is exact.
+    the kernel W, `[inputs, neurons]`. That trace is estimated by Hutch++ as in `hessian_trace`, by
+    products with vectors of this layer alone, which cost the less the nearer it stands to the
+    loss. It is exact for a layer so small that `num_products` is at least three times its inputs
+    times the smaller number of inputs and neurons.
 
     Reference: Petzka, Kamp, Adilova, Sminchisescu and Boley, "Relative Flatness and
     Generalization", NeurIPS 2021 (https://arxiv.org/abs/2001.00939).
