@@ -19,6 +19,9 @@ _READERS = (
     keras.callbacks.TensorBoard,
 )
 
+# The ends of keys that are logged beside an estimate and not printed as one.
+_BESIDE = "_stderr", "_log_loss_part"
+
 
 class MeasuringCallback(keras.callbacks.Callback):
     """Measures the model at the end of epochs, and after the last.
@@ -119,7 +122,7 @@ class MeasuringCallback(keras.callbacks.Callback):
         self._num_measured += 1
         if not self.verbose:
             return
-        named = [name for name in self.names if not name.endswith("_stderr")]
+        named = [name for name in self.names if not name.endswith(_BESIDE)]
         errors = {n: f" +- {found[e]:#.3g}" for n in named if (e := f"{n}_stderr") in found}
         estimates = [f"{name} {found[name]:#.5g}{errors.get(name, '')}" for name in named]
         print(f"{when}: {', '.join(estimates)} ({seconds:.1f} s)")

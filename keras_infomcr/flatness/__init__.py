@@ -2,6 +2,7 @@
 
 from keras_infomcr.flatness import plot
 from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.fisher.fisher_rao_norm import fisher_rao_norm
 from keras_infomcr.flatness.fisher.frobenius_norm import fisher_frobenius_norm
 from keras_infomcr.flatness.fisher.gamma import Gamma, gamma
 from keras_infomcr.flatness.fisher.gamma_hat import GammaHat, gamma_hat
@@ -10,6 +11,7 @@ from keras_infomcr.flatness.fisher.spectral_radius import fisher_spectral_radius
 from keras_infomcr.flatness.fisher.trace import fisher_trace
 from keras_infomcr.flatness.hessian.frobenius_norm import hessian_frobenius_norm
 from keras_infomcr.flatness.hessian.operator import Hessian
+from keras_infomcr.flatness.hessian.relative_flatness import relative_flatness
 from keras_infomcr.flatness.hessian.results import (
     HessianTraceByLayer,
     SpectralDensity,
@@ -53,6 +55,7 @@ __all__ = [
     "adaptive_sharpness",
     "average_adaptive_sharpness",
     "fisher_frobenius_norm",
+    "fisher_rao_norm",
     "fisher_spectral_radius",
     "fisher_trace",
     "gamma",
@@ -73,4 +76,5 @@ __all__ = [
     "pac_bayes_bound",
     "plot",
     "reestimate_batch_norm",
+    "relative_flatness",
 ]

@@ -12,12 +12,14 @@ from nets import NUM_CLASSES, from_logits
 
 from keras_infomcr.flatness import (
     fisher_frobenius_norm,
+    fisher_rao_norm,
     fisher_spectral_radius,
     fisher_trace,
     gamma,
     gamma_hat,
     gamma_hat_by_layer,
     input_jacobian_norm,
+    relative_flatness,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
@@ -33,8 +35,14 @@ MEASURES = {
     "spectral radius": (fisher_spectral_radius, DRAW),
     "frobenius norm": (fisher_frobenius_norm, DRAW),
     "input jacobian": (input_jacobian_norm, {"num_examples": 12, "chunk_size": 6, "seed": 0}),
+    "fisher-rao norm": (fisher_rao_norm, {"num_examples": 12, "chunk_size": 6, "seed": 0}),
+    "relative flatness": (relative_flatness, DRAW | {"num_products": 6}),
 }
-measures = pytest.mark.parametrize(("measure", "settings"), MEASURES.values(), ids=MEASURES)
+SLOW = "fisher-rao norm", "relative flatness"
+measures = pytest.mark.parametrize(
+    ("measure", "settings"),
+    [pytest.param(*m, marks=[pytest.mark.slow] * (n in SLOW), id=n) for n, m in MEASURES.items()],
+)
 only_compiled = pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing here")
 
 

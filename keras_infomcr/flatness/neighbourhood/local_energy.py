@@ -87,7 +87,7 @@ def local_energy(
         verbose: 0 or 1. With 1, a progress bar counts the passes over the data. Defaults to 0.
 
     Returns:
-        A `LocalEnergy`.
+        A `LocalEnergy`, which `keras_infomcr.flatness.plot.local_energy` draws.
 
     Raises:
         TypeError: As `hessian_trace`.

@@ -1,5 +1,6 @@
 """What all pictures need: a result of the right kind, and axes to draw on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -19,6 +20,17 @@ def check_result(result: Any, kind: type | tuple[type, ...], measures: str) -> N
         f"`result` must be a {names}. Received: result={result!r} (of type {type(result)}). "
         f"Pass the result of {measures}."
     )
+
+
+def check_labels(labels: Sequence[Any] | None, results: Sequence[Any]) -> list[str]:
+    """Return a label for each result, its number unless labels are given; there must be as many."""
+    found = [str(k + 1) for k in range(len(results))] if labels is None else list(map(str, labels))
+    if not results or len(found) != len(results):
+        raise ValueError(
+            "There must be a result at least, and as many `labels` as results. "
+            f"Received: labels={labels!r}, {len(results)} results"
+        )
+    return found
 
 
 def new_axes(width: float = 6.0, height: float = 3.5, **kwargs: Any) -> Any:
