@@ -45,6 +45,7 @@ MEASURES = {
     "local_energy": ({"num_samples": 5}, 6, 21),
     "local_entropy": ({"num_samples": 5}, 5, 20),
     "local_entropy_gradient_norm": ({"num_chains": 2, "num_steps": 5}, 10, 80),
+    "local_learning_coefficient": ({"num_chains": 2, "num_steps": 5}, 11, 401),
     "adaptive_sharpness": ({"num_steps": 5}, 6, 21),
 }
 BATCH_SIZE, NUM_EXAMPLES = 100, 200

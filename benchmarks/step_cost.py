@@ -26,7 +26,13 @@ from models import NETWORKS, make, random_data
 from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
-from keras_infomcr.regularizers import SharpnessAware, SubBatchPerturbation, WeightNoise
+from keras_infomcr.regularizers import (
+    EntropySGD,
+    SharpnessAware,
+    SpectralRadius,
+    SubBatchPerturbation,
+    WeightNoise,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -84,6 +90,8 @@ def regularizers(count):
         "m-SAM": SharpnessAware(num_sub_batches=count),
         "F-SAM": SharpnessAware(direction="noise"),
         "weight noise": WeightNoise(),
+        "spectral radius": SpectralRadius(),
+        "Entropy-SGD": EntropySGD(num_steps=count),
     }
 
 

@@ -30,6 +30,11 @@ def fraction(**arguments):
     _require(arguments, lambda v: _is_finite(v) and 0 < v <= 1, "a number in (0, 1]")
 
 
+def below_one(**arguments):
+    """Require numbers from zero, less than one."""
+    _require(arguments, lambda v: _is_finite(v) and 0 <= v < 1, "a number in [0, 1)")
+
+
 def integer(*, minimum, maximum=math.inf, **arguments):
     """Require integers from `minimum` to `maximum`."""
     limits = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"

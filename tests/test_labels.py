@@ -30,6 +30,7 @@ MEASURES = {
     "local_energy": {},
     "local_entropy": {},
     "local_entropy_gradient_norm": {},
+    "local_learning_coefficient": {},
     "adaptive_sharpness": {},
     "gamma_hat": SAMPLING,
     "gamma_hat_by_layer": SAMPLING,

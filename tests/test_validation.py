@@ -24,6 +24,15 @@ def test_counts_beyond_all_floats_are_refused():
         validation.fraction(ratio=HUGE)
 
 
+@pytest.mark.parametrize("value", [1.0, 1, -1e-9, np.nan, True, "0", HUGE], ids=repr)
+def test_what_is_not_below_one(value):
+    with pytest.raises(
+        ValueError, match=r"`momentum` must be a number in \[0, 1\)\. Received: mome"
+    ):
+        validation.below_one(momentum=value)
+    validation.below_one(momentum=0, averaging=np.float32(0.75))
+
+
 @pytest.mark.parametrize("value", [np.zeros(2), np.nan, np.inf, "0", None, HUGE], ids=repr)
 def test_what_is_no_number(value):
     with pytest.raises(ValueError, match=r"`loss` must be a number or -inf\. Received: loss="):

@@ -14,6 +14,11 @@ no use for.
 * `value_grad_and_hessian_product(function)`: `f(weights, vector, *args) -> ((value, auxiliary),
   gradients, products)` of such a function: H v, with v a list like the weights or `None` for the
   gradient.
+* `linearized_gradient(function)`: `f(weights, *args) -> (gradients, product)` of such a function,
+  with `product` a function `vector -> products` for one vector after another, which shares the
+  pass over the data.
+* `curvature_gradient(function)`: `f(weights, vector, *args) -> gradients` of v^T H v by the
+  weights, v held constant: third derivatives.
 * `hessian_vector_products(function, compiled)`: `f(weights, vectors, *args) -> products` of a
   `function(weights, *args) -> value`, with K vectors at once: `vectors[k]` and `products[k]` have
   shape `[K, *weights[k].shape]`; a product may be `None` for zeros.
@@ -108,6 +113,8 @@ def _file(name):
 _differentiation = _file("differentiation")
 value_and_grad = _differentiation.value_and_grad
 value_grad_and_hessian_product = _differentiation.value_grad_and_hessian_product
+linearized_gradient = _differentiation.linearized_gradient
+curvature_gradient = _differentiation.curvature_gradient
 hessian_vector_products = _differentiation.hessian_vector_products
 jacobian = _differentiation.jacobian
 gradients_by_example = _differentiation.gradients_by_example

@@ -33,6 +33,9 @@ from keras_infomcr.flatness.neighbourhood.local_entropy import local_entropy
 from keras_infomcr.flatness.neighbourhood.local_entropy_gradient_norm import (
     local_entropy_gradient_norm,
 )
+from keras_infomcr.flatness.neighbourhood.local_learning_coefficient import (
+    local_learning_coefficient,
+)
 from keras_infomcr.flatness.neighbourhood.pac_bayes_bound import PacBayesBound, pac_bayes_bound
 from keras_infomcr.flatness.reestimate_batch_norm import reestimate_batch_norm
 from keras_infomcr.flatness.surface.loss_between import LossBetween, loss_between
@@ -71,6 +74,7 @@ __all__ = [
     "local_energy",
     "local_entropy",
     "local_entropy_gradient_norm",
+    "local_learning_coefficient",
     "loss_between",
     "loss_surface",
     "pac_bayes_bound",

@@ -1,6 +1,6 @@
 """A batch, and its slices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -61,6 +61,9 @@ class SubBatches(Sequence):
         return weight, keras.tree.map_structure(
             lambda a: None if a is None else backend.slice_rows(a, start, length), self._batch
         )
+
+    def __iter__(self) -> Iterator[tuple]:
+        return map(self.__getitem__, range(len(self)))
 
     def _bounds(self, i):
         """Return where slice i starts and how long it is, integers or scalar arrays."""

@@ -1,6 +1,7 @@
 """A Keras model as a pure function of its weights."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -104,6 +105,16 @@ class Objective:
         squares = [keras.ops.sum(keras.ops.square(g)) for g in gradients if g is not None]
         here = Evaluation(loss, gradients, predictions, new_state)
         return here, products, keras.ops.cast(sum(squares), loss.dtype)
+
+    def hessian_product(self, weights: list, state: list, batch: Batch) -> Callable[[list], list]:
+        """Return the function v -> H v, of which each call shares one pass over the batch."""
+        gradients, product = backend.linearized_gradient(self)(weights, state, batch)
+        self._note(gradients)
+        return product
+
+    def curvature_gradient(self, weights: list, vector: list, state: list, batch: Batch) -> list:
+        """Return the gradient of v^T H v by the weights, v held constant."""
+        return backend.curvature_gradient(self)(weights, vector, state, batch)
 
     def predict(self, weights: list, state: list, x: Any, training: bool = False) -> Any:
         """Return the outputs of the model at the given weights and state."""

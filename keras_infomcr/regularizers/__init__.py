@@ -3,15 +3,19 @@
 import keras
 
 from keras_infomcr.core.evaluation import Evaluation
+from keras_infomcr.regularizers.entropy_sgd import EntropySGD
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.sharpness_aware import SharpnessAware
+from keras_infomcr.regularizers.spectral_radius import SpectralRadius
 from keras_infomcr.regularizers.sub_batch_perturbation import SubBatchPerturbation
 from keras_infomcr.regularizers.weight_noise import WeightNoise
 
 __all__ = [
+    "EntropySGD",
     "Evaluation",
     "Regularizer",
     "SharpnessAware",
+    "SpectralRadius",
     "Step",
     "SubBatchPerturbation",
     "WeightNoise",
@@ -19,7 +23,9 @@ __all__ = [
 ]
 
 _BY_NAME = {
+    "entropy_sgd": EntropySGD,
     "sharpness_aware": SharpnessAware,
+    "spectral_radius": SpectralRadius,
     "sub_batch_perturbation": SubBatchPerturbation,
     "weight_noise": WeightNoise,
 }

@@ -1,19 +1,17 @@
 """Training at weights with noise (LPF-SGD, random weight perturbation)."""
 
-import random
 from collections.abc import Sequence
 
 import keras
-import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_infomcr import validation
 from keras_infomcr.objective import Batch, Objective
-from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
+from keras_infomcr.regularizers.standard_normals import StandardNormals
 from keras_infomcr.regularizers.weights import at_least_float32, norm, refuse_float8
-from keras_infomcr.regularizers.whole_batches import refuse_rewritten
+from keras_infomcr.regularizers.whole_batches import refuse_module_buffers, refuse_rewritten
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -89,17 +87,11 @@ class WeightNoise(Regularizer):
                 "`growth` must be a `keras.optimizers.schedules.LearningRateSchedule` or `None`. "
                 f"Received: growth={growth!r}"
             )
-        if seed is not None:
-            validation.integer(minimum=0, maximum=2**31 - 1, seed=seed)
         super().__init__(std)
         self.per_filter = per_filter
         self.growth = growth
         self.seed = seed
-        drawn = random.randint(1, 10**9) if seed is None else int(seed)
-        # Mixed, for torch adds a seed and a count: seeds side by side would share their draws.
-        self._mixed_seed = int(np.random.SeedSequence(drawn).generate_state(1)[0]) >> 1
-        # Made here, for no variable may be made in what is traced. It is never moved.
-        self._generator = keras.random.SeedGenerator(0)
+        self._normals = StandardNormals(seed)
 
     def replaces_main_pass(self, model: keras.Model) -> bool:
         """Return `True`: the pass at w + n is the only one."""
@@ -108,46 +100,23 @@ class WeightNoise(Regularizer):
     def build(self, variables: Sequence[keras.Variable]):
         """Make the seed and the count of draws, which a resumed run goes on from."""
         refuse_float8(variables)
-        dtype = self._generator.state.dtype
-        start = np.array([self._mixed_seed, 0], dtype)
-        self.memory = [keras.Variable(start, dtype=dtype, trainable=False, name="noise_seed")]
+        self.memory = self._normals.memory()
 
     def check(self, model: keras.Model):
         """Refuse torch modules whose statistics the one pass could not move."""
-        if coupling.has_state_of_its_own(model):
-            raise ValueError(
-                "Torch modules must have no buffers, such as those of batch normalisation, which "
-                "move in Keras's own pass alone. Received: a model with a `TorchModuleWrapper` "
-                f"that has some, and regularizer={self!r}. Use layers of Keras."
-            )
+        refuse_module_buffers(model, self)
 
     def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
         """Return the evaluation at w + n, with ||n|| / ||w||."""
         weights = objective.weights()
         (seed,) = memory
-        draws, next_seed = self._standard_normals(weights, seed, objective.replica_index())
+        draws, next_seed = self._normals.draw(weights, seed, objective.replica_index())
         scale = self._scale(objective.model.optimizer.iterations)
         noise = [times(scale, z) * self._norms(w) for w, z in zip(weights, draws)]
         noisy = [w + ops.cast(n, w.dtype) for w, n in zip(weights, noise)]
         main = objective.evaluate(noisy, objective.state(), batch)
         refuse_rewritten(objective, "a WeightNoise", "Compile with `regularizer=None`.")
         return Step(ops.divide_no_nan(norm(noise), norm(weights)), main=main, memory=[next_seed])
-
-    def _standard_normals(self, weights: list, seed, replica):
-        """Return standard normal draws like the weights, and the seed of the next step.
-
-        The seed is the pair of a `keras.random.SeedGenerator`, which counts its draws.
-        """
-        state = self._generator.state
-        # Replicas start from seeds that lie far apart, and count alike.
-        apart = ops.stack([ops.cast(n, state.dtype) for n in (replica * 1_000_003, 0)])
-        with keras.StatelessScope([(state, seed + apart)]) as scope:
-            draws = [
-                keras.random.normal(ops.shape(w), dtype=at_least_float32(w), seed=self._generator)
-                for w in weights
-            ]
-            moved = scope.get_current_value(state)
-        return draws, moved - apart
 
     def _scale(self, step):
         if self.growth is None:

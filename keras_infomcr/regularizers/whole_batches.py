@@ -1,5 +1,7 @@
 """Models whose training pass a rule cannot make in place of Keras."""
 
+from typing import Any
+
 import keras
 
 from keras_infomcr.objective import Objective, is_mean_over_examples
@@ -23,6 +25,16 @@ def refuse_if_uncuttable(model: keras.Model, received: str, advice: str):
         raise ValueError(
             "Torch modules with buffers, such as batch normalisation, must see whole batches. "
             f"Received: {received}. {advice}"
+        )
+
+
+def refuse_module_buffers(model: keras.Model, rule: Any):
+    """Refuse torch modules whose statistics a rule that replaces Keras's pass could not move."""
+    if coupling.has_state_of_its_own(model):
+        raise ValueError(
+            "Torch modules must have no buffers, such as those of batch normalisation, which "
+            "move in Keras's own pass alone. Received: a model with a `TorchModuleWrapper` "
+            f"that has some, and regularizer={rule!r}. Use layers of Keras."
         )
 
 

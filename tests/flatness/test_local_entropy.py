@@ -1,5 +1,7 @@
 """The local entropy against the Gaussian integrals of a quadratic loss.
 
+What holds for the local learning coefficient too is asked of all three measures.
+
 Estimates are compared within 4 standard errors, with fixed seeds.
 """
 
@@ -13,12 +15,17 @@ import pytest
 from measuring import Quadratic, assert_untouched, kinds_of_data, softmax
 from nets import NUM_CLASSES, classifier, sequential
 
-from keras_infomcr.flatness import local_entropy, local_entropy_gradient_norm
+from keras_infomcr.flatness import (
+    local_entropy,
+    local_entropy_gradient_norm,
+    local_learning_coefficient,
+)
 
 layers = keras.layers
-MEASURES = [local_entropy, local_entropy_gradient_norm]
+MEASURES = [local_entropy, local_entropy_gradient_norm, local_learning_coefficient]
 FEW = {local_entropy: {"num_samples": 2},
-       local_entropy_gradient_norm: {"num_steps": 4, "num_chains": 2}}  # fmt: skip
+       local_entropy_gradient_norm: {"num_steps": 4, "num_chains": 2},
+       local_learning_coefficient: {"num_steps": 4, "num_chains": 2}}  # fmt: skip
 
 
 @pytest.fixture
@@ -182,6 +189,8 @@ def test_progress_counts_the_passes_over_the_data(data, capsys):
     assert "3/3" in capsys.readouterr().out
     local_entropy_gradient_norm(model, *data, num_steps=2, num_chains=4, verbose=1)
     assert "8/8" in capsys.readouterr().out
+    local_learning_coefficient(model, *data, num_steps=2, num_chains=4, verbose=1)
+    assert "9/9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -208,6 +217,11 @@ def test_bad_arguments(data, measure, arguments, message):
         (MEASURES[1], {"num_steps": 1}, "`num_steps` must be an integer of at least 2."),
         (MEASURES[1], {"num_chains": 0}, "`num_chains` must be an integer of at least 2."),
         (MEASURES[1], {"step_size": 1.1}, "`step_size` must be a number in (0, 1]. Received: step"),
+        (MEASURES[2], {"num_steps": 1}, "`num_steps` must be an integer of at least 2."),
+        (MEASURES[2], {"num_chains": 0}, "`num_chains` must be an integer of at least 1."),
+        (MEASURES[2], {"step_size": 0.0}, "`step_size` must be a number in (0, 1]. Received: step"),
+        (MEASURES[2], {"inverse_temperature": 0}, "`inverse_temperature` must be a finite number"),
+        (MEASURES[2], {"num_examples": 1}, "n / ln(n) needs 2 examples or more. Received: 1"),
     ],
 )
 def test_bad_arguments_of_their_own(data, measure, arguments, message):

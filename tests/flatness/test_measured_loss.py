@@ -33,6 +33,7 @@ MEASURES = [
     measure("local_energy", num_samples=2, reestimate_statistics=True),
     measure("local_entropy", num_samples=2),
     measure("local_entropy_gradient_norm", num_chains=2, num_steps=2),
+    measure("local_learning_coefficient", num_chains=2, num_steps=2),
     measure("adaptive_sharpness", num_steps=2),
     measure("average_adaptive_sharpness", num_samples=2),
 ]

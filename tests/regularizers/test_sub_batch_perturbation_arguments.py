@@ -130,7 +130,7 @@ def test_get_of_something_else(value):
     ids=["empty", "arguments alone", "of a weight penalty"],
 )
 def test_get_of_a_dictionary_that_is_no_regularizer(value):
-    with pytest.raises(ValueError, match=r"or one of \['sharpness_aware', .*\]\. Received: reg"):
+    with pytest.raises(ValueError, match=r"or one of \['entropy_sgd', .*\]\. Received: reg"):
         regularizers.get(value)
 
 

@@ -71,7 +71,7 @@ def noise_of(rule, count=400):
     seed = keras.ops.copy(rule.memory[0])
     found = []
     for _ in range(count):
-        z, seed = rule._standard_normals(weights, seed, 0)
+        z, seed = rule._normals.draw(weights, seed, 0)
         found.append([numpy(n) for n in z])
     return [np.stack(z) for z in zip(*found, strict=True)]
 
@@ -141,7 +141,7 @@ def test_replicas_draw_apart_and_their_steps_are_averaged(mirrored, float64):
     rule.build([])
     weights = [keras.ops.convert_to_tensor(w) for w in (KERNEL, BIAS)]
     for replica in (0, 1):
-        z, _ = rule._standard_normals(weights, keras.ops.copy(rule.memory[0]), replica)
+        z, _ = rule._normals.draw(weights, keras.ops.copy(rule.memory[0]), replica)
         there = (
             KERNEL + 0.2 * filter_norms(KERNEL, True) * numpy(z[0]),
             BIAS + 0.2 * np.linalg.norm(BIAS) * numpy(z[1]),

@@ -7,11 +7,14 @@ weights move against.
 
 import keras
 import numpy as np
+from frameworks import slices
 from keras import ops
 
 from keras_infomcr.regularizers import (
+    EntropySGD,
     Regularizer,
     SharpnessAware,
+    SpectralRadius,
     Step,
     SubBatchPerturbation,
     WeightNoise,
@@ -85,13 +88,48 @@ def sharpness_oracle(rule, gradient, w, x, y, memory):
 def noise_oracle(rule, gradient, w, x, y, memory):
     """The gradient at noise drawn by the rule itself, scaled by the norms of two columns."""
     if memory is None:
-        memory = ops.convert_to_tensor(np.array([rule._mixed_seed, 0]), rule._generator.state.dtype)
-    (draws,), seed = rule._standard_normals(
-        [ops.reshape(ops.convert_to_tensor(w), (3, 2))], memory, 0
-    )
+        memory = ops.copy(rule._normals.memory()[0])
+    kernel = ops.reshape(ops.convert_to_tensor(w), (3, 2))
+    (draws,), seed = rule._normals.draw([kernel], memory)
     columns = np.linalg.norm(w.reshape(3, 2), axis=0)
     noise = float(rule.std) * ops.convert_to_numpy(draws) * columns
     return gradient(w + noise.ravel(), x, y), seed
+
+
+def radius_oracle(rule, gradient, w, x, y, memory):
+    """The Hessian of least squares does not depend on w: the penalty adds nothing to the gradient.
+
+    What a step remembers is the part of the vector before in the space of the largest eigenvalue,
+    the only one that the iteration finds of a repeated eigenvalue.
+    """
+    if memory is None:
+        rule.build([keras.Variable(w)])
+        memory = ops.convert_to_numpy(rule.memory[0].value)
+    zero = np.zeros_like(w)
+    hessian = np.stack([gradient(e, x, y) - gradient(zero, x, y) for e in np.eye(len(w))])
+    values, vectors = np.linalg.eigh(hessian)
+    space = vectors[:, np.abs(values) > np.abs(values).max() * (1 - 1e-9)]
+    vector = space @ (space.T @ memory)
+    return gradient(w, x, y), vector / np.linalg.norm(vector)
+
+
+def entropy_oracle(rule, gradient, w, x, y, memory):
+    """The paper's loop over mini-batches, without noise, with the momentum of the authors' codes.
+
+    Algorithm 1 of Chaudhari et al., ICLR 2017, in weights, not in displacements.
+    """
+    inner, mean, velocity = w, w, np.zeros_like(w)
+    for rows in slices(len(x), rule.num_steps):
+        g = gradient(inner, x[rows], y[rows])
+        velocity = rule.momentum * velocity + g
+        force = float(rule.gamma) * (w - inner)
+        inner = inner - rule.step_size * (g + rule.momentum * velocity - force)
+        mean = rule.averaging * mean + (1 - rule.averaging) * inner
+    return w - mean, None
+
+
+def entropy_sgd(gamma):
+    return EntropySGD(3, 0.1, gamma, 0.0, noise=0.0, averaging=0.25, seed=0)
 
 
 # Each rule of the suite is one line: how it is made, given its strength, and its oracle.
@@ -101,15 +139,22 @@ RULES = {
     "asam": (lambda s: SharpnessAware(0.5, s, adaptive=True), sharpness_oracle),
     "m_sam": (lambda s: SharpnessAware(0.05, s, num_sub_batches=2), sharpness_oracle),
     "friendly_sam": (lambda s: SharpnessAware(0.05, s, direction="noise"), sharpness_oracle),
+    "spectral_radius": (lambda s: SpectralRadius(s, 0.0, 3, 1e-9, seed=0), radius_oracle),
     "weight_noise": (lambda s: WeightNoise(s / 10, seed=0), noise_oracle),
+    "entropy_sgd": (entropy_sgd, entropy_oracle),
     "anchored": (Anchored, anchored_oracle),
 }
 
 # Their training gradient is the mean over slices of the batch, whatever the model.
 CUTTING = {"m_sam"}
 
+# Their step goes over mini-batches, so that at no strength it is Keras's own. With several replicas
+# a mini-batch is the union of slices, so that one device takes the same steps in another order.
+STEPPING = {"entropy_sgd"}
+
 # They draw other numbers on each replica.
 DRAWING = {"weight_noise"}
 
-# Rules with other arguments, and the rule of the tests alone, which CI tries in full.
-VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored"}
+# Rules with other arguments, the rule of the tests alone, and two whose own tests do much of the
+# same; CI tries them in full.
+VARIANTS = {"asam", "m_sam", "friendly_sam", "anchored", "entropy_sgd", "spectral_radius"}

@@ -45,6 +45,36 @@ def value_grad_and_hessian_product(function: Callable) -> Callable:
     return product
 
 
+def linearized_gradient(function: Callable) -> Callable:
+    """Return `f(weights, *args) -> (gradients, product)`."""
+
+    @without_distribution
+    @_in_true_float32
+    def linearize(weights, *args):
+        return jax.linearize(lambda w: jax.grad(function, has_aux=True)(w, *args)[0], weights)
+
+    return linearize
+
+
+def curvature_gradient(function: Callable) -> Callable:
+    """Return `f(weights, vector, *args) -> gradients`."""
+
+    @without_distribution
+    @_in_true_float32
+    def gradient(weights, vector, *args):
+        def first_order(weights):
+            return jax.grad(function, has_aux=True)(weights, *args)[0]
+
+        def second_order(weights):
+            return jax.jvp(first_order, (weights,), (vector,))[1]
+
+        # The second derivative of the gradient along v. Forward mode outside, which also takes
+        # functions that have a derivative of their own in reverse mode alone.
+        return jax.jvp(second_order, (weights,), (vector,))[1]
+
+    return gradient
+
+
 def hessian_vector_products(function: Callable, compiled: bool = True) -> Callable:
     """Return `f(weights, vectors, *args) -> products`."""
     jit = jax.jit if compiled else lambda f: f

@@ -37,14 +37,48 @@ def value_grad_and_hessian_product(function: Callable) -> Callable:
                 tape.watch(weights)
                 value, gradients = first_order(weights, *args)
                 # The derivative of g . v, with v constant, is H v.
-                slope = tf.zeros((), weights[0].dtype)
-                for g, v in zip(gradients, vector or gradients):
-                    if g is not None:
-                        slope += tf.cast(tf.reduce_sum(g * tf.stop_gradient(v)), slope.dtype)
+                slope = _dot(gradients, vector or gradients, weights[0].dtype)
             products = tape.gradient(slope, weights)
         return value, gradients, _dense(products, weights)
 
     return product
+
+
+def linearized_gradient(function: Callable) -> Callable:
+    """Return `f(weights, *args) -> (gradients, product)`."""
+    first_order = value_and_grad(function)
+
+    def linearize(weights, *args):
+        with outside_of_strategy(), _second_derivatives_repaired():
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                _, gradients = first_order(weights, *args)
+        known = [k for k, g in enumerate(gradients) if g is not None]
+
+        def product(vector):
+            with outside_of_strategy():
+                found = [gradients[k] for k in known]
+                selectors = [tf.cast(vector[k], gradients[k].dtype) for k in known]
+                return _dense(tape.gradient(found, weights, selectors), weights)
+
+        return gradients, product
+
+    return linearize
+
+
+def curvature_gradient(function: Callable) -> Callable:
+    """Return `f(weights, vector, *args) -> gradients`."""
+    second_order = value_grad_and_hessian_product(function)
+
+    def gradient(weights, vector, *args):
+        with outside_of_strategy(), _second_derivatives_repaired():
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                _, _, products = second_order(weights, vector, *args)
+                curvature = _dot(products, vector, weights[0].dtype)
+            return _dense(tape.gradient(curvature, weights), weights)
+
+    return gradient
 
 
 def hessian_vector_products(function: Callable, compiled: bool = True) -> Callable:
@@ -148,6 +182,15 @@ def low_precision_products() -> bool:
 
 def _perhaps_compiled(function, compiled):
     return tf.function(function, reduce_retracing=True, autograph=False) if compiled else function
+
+
+def _dot(arrays, constants, dtype):
+    """Return the scalar product of lists of arrays and `None`, the second held constant."""
+    dot = tf.zeros((), dtype)
+    for a, c in zip(arrays, constants):
+        if a is not None:
+            dot += tf.cast(tf.reduce_sum(a * tf.stop_gradient(c)), dtype)
+    return dot
 
 
 def _gradients(tape, value, weights, selector=None):

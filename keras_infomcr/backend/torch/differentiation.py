@@ -34,14 +34,44 @@ def value_grad_and_hessian_product(function: Callable) -> Callable:
             value, auxiliary = function(weights, *args)
             found = gradients(value, weights, create_graph=True)
             # The derivative of g . v, with v constant, is H v.
-            slope = torch.zeros_like(value)
-            for g, v in zip(found, vector or found):
-                if g is not None:
-                    slope = slope + (g * v.detach()).sum()
-            products = gradients(slope, weights)
+            products = gradients(_dot(found, vector or found), weights)
         return _detached((value, auxiliary)), _detached(found), products
 
     return product
+
+
+def linearized_gradient(function: Callable) -> Callable:
+    """Return `f(weights, *args) -> (gradients, product)`."""
+
+    @torch.compiler.disable  # compiled functions have no second derivative
+    def linearize(weights, *args):
+        with _true_float32(), torch.enable_grad(), _second_derivatives_possible():
+            weights = _leaves(weights)
+            found = gradients(function(weights, *args)[0], weights, create_graph=True)
+
+        @torch.compiler.disable
+        def product(vector):
+            with _true_float32(), torch.enable_grad():
+                return gradients(_dot(found, vector), weights, retain_graph=True)
+
+        return _detached(found), product
+
+    return linearize
+
+
+def curvature_gradient(function: Callable) -> Callable:
+    """Return `f(weights, vector, *args) -> gradients`."""
+
+    @torch.compiler.disable
+    def gradient(weights, vector, *args):
+        possible = _second_derivatives_possible()
+        with _true_float32(), torch.enable_grad(), possible, _LayerNormInSteps():
+            weights = _leaves(weights)
+            found = gradients(function(weights, *args)[0], weights, create_graph=True)
+            products = gradients(_dot(found, vector), weights, create_graph=True)
+            return gradients(_dot(products, vector), weights)
+
+    return gradient
 
 
 def hessian_vector_products(function: Callable, compiled: bool = True) -> Callable:
@@ -164,6 +194,15 @@ def gradients(value: torch.Tensor, weights: list[torch.Tensor], **kwargs) -> lis
     return [next(found) if w.requires_grad else None for w in weights]
 
 
+def _dot(arrays, constants):
+    """Return the scalar product of lists of arrays and `None`, the second held constant."""
+    dot = torch.zeros(())
+    for a, c in zip(arrays, constants):
+        if a is not None:
+            dot = dot + (a * c.detach()).sum()
+    return dot
+
+
 def _leaves(weights):
     return [w.detach().requires_grad_() for w in weights]
 
@@ -226,3 +265,22 @@ class _ShiftAfterLayerNorm(torch.overrides.TorchFunctionMode):
         fused = None if shift_last else bias
         output = torch.nn.functional.layer_norm(input, normalized_shape, weight, fused, eps)
         return output + bias if shift_last else output
+
+
+class _LayerNormInSteps(torch.overrides.TorchFunctionMode):
+    """Normalise layers in single steps: the third derivatives of torch's own are silently wrong.
+
+    Its second derivatives take the moments for constants.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.layer_norm:
+            return self._layer_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        axes = tuple(range(-len(normalized_shape), 0))
+        centred = input - input.mean(axes, keepdim=True)
+        output = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
