@@ -73,7 +73,7 @@ def test_every_measure_has_a_name(data):
     """Small settings are the defaults of none: they are given by names of partial functions."""
     names = sorted(
         {n for n in flatness.__all__ if n.islower()}
-        - {"pac_bayes_bound", "plot", "reestimate_batch_norm"}
+        - {"loss_between", "loss_surface", "pac_bayes_bound", "plot", "reestimate_batch_norm"}
     )
     small = {"gamma": 5, "gamma_hat": 5, "fisher": 5}
     # Which give no single number.

@@ -18,7 +18,6 @@ from keras_infomcr.flatness.hessian.eigenvalues import (
     check_arguments,
     from_both_ends,
 )
-from keras_infomcr.flatness.hessian.layers import LayersOfWeights
 from keras_infomcr.flatness.hessian.products import HessianProducts, check_size
 from keras_infomcr.flatness.hessian.results import (
     HessianTraceByLayer,
@@ -29,6 +28,7 @@ from keras_infomcr.flatness.hessian.results import (
     root_of_mean,
 )
 from keras_infomcr.flatness.hessian.trace_estimates import TraceEstimates
+from keras_infomcr.flatness.layers_of_weights import LayersOfWeights
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.running.checks import check_sampling
 from keras_infomcr.flatness.running.progress import progress_bar

@@ -7,7 +7,7 @@ import numpy as np
 from keras_infomcr.core.euclidean_norm import unit_of
 from keras_infomcr.core.quadrature import blurred_density, grid_for
 from keras_infomcr.flatness.estimate import Estimate, standard_error
-from keras_infomcr.flatness.hessian.layers import LayersOfWeights
+from keras_infomcr.flatness.layers_of_weights import LayersOfWeights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,11 @@ import numpy as np
 from keras_infomcr.core.trace import inner_products
 
 
+def layer_of(variable: keras.Variable) -> str:
+    """Return the path of the layer of a variable."""
+    return variable.path.rpartition("/")[0]
+
+
 class LayersOfWeights:
     """Which entries of vectors `[W]`, ordered like a list of variables, are of which layer.
 
@@ -22,7 +27,7 @@ class LayersOfWeights:
     """
 
     def __init__(self, variables: Sequence[keras.Variable]):
-        owners = [v.path.rpartition("/")[0] for v in variables]
+        owners = [layer_of(v) for v in variables]
         self.layers = tuple(dict.fromkeys(owners))
         sizes = [math.prod(v.shape) for v in variables]
         ends = np.cumsum(sizes)
