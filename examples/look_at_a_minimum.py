@@ -1,35 +1,33 @@
 """Look at two minima: train a network plainly and with SAM, and draw both on one page.
 
-The network is a perceptron on 500 of scikit-learn's handwritten digits, a fifth of which have a wrong
-label (nothing is downloaded). It is trained twice from the same weights, by steps of gradient descent
-on all 500 images together: plainly, and by sharpness-aware minimisation (SAM). You will see a short
-table, and a page of nine pictures in look_at_a_minimum.png.
+The network is a perceptron on 500 of scikit-learn's handwritten digits, a fifth of which have a
+wrong label (nothing is downloaded). It is trained twice from the same weights, by steps of gradient
+descent on all 500 images together: plainly, and by sharpness-aware minimisation (SAM). You will see
+a short table, and a page of nine pictures in look_at_a_minimum.png.
 
     python examples/look_at_a_minimum.py
 
-takes a minute on two CPU cores; with `--steps 100` half of it, and less to see.
+takes a minute on two CPU cores; with `--steps 100` half of it, and there is less to see. What the
+page shows, and how to read it:
 
-How to read the page, column by column, from the top downwards:
-
-* Sharpness over training. The first eigenvalue of the Hessian is the curvature of the loss along
-  its steepest direction. Gradient descent diverges where the curvature stays above 2/lr, the dashed
-  line. Training sharpens the loss until the curvature gets there, and then hovers about the line, at
-  the edge of stability (Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the
-  Edge of Stability", ICLR 2021, https://arxiv.org/abs/2103.00065). Towards the end the curvature falls
-  with the loss. SAM has a lower edge, which depends on the gradient, and stays near that: expect it to
-  end at less than half of the curvature.
-* The line between the two networks. Where the loss rises above the dashed chord there is a barrier,
-  and a mean of the two networks is worse than both. Networks that start at the same weights may have
-  none; networks of two seeds have one as a rule.
-* A slice of the loss, along two random directions through the weights, the same for both networks
+* Sharpness in training. The first eigenvalue of the Hessian is the curvature of the loss along its
+  steepest direction. Gradient descent diverges where the curvature stays above 2/lr, the dashed
+  line. Training sharpens the loss until the curvature gets there, and then hovers about the line,
+  at the edge of stability (Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at
+  the Edge of Stability", ICLR 2021, https://arxiv.org/abs/2103.00065). Towards the end the
+  curvature falls with the loss. SAM's line lies lower, the lower the smaller the gradient is, and
+  SAM stays close to it: expect it to end at about half of the curvature.
+* The line between the two networks. Where the loss rises above the dashed chord there is a barrier:
+  the mean of the two networks has a larger loss than their losses have as a mean. Networks of two
+  seeds have a barrier as a rule; here both start at the same weights.
+* A slice of the loss, along two random directions through the weights. Both networks have the same,
   but that each filter of a direction is as long as the network's own. Read the numbers on the lines.
 * The trace of the Hessian by the weights of each layer: where the network is sharp.
-* The spectrum of the Hessian, before the first step and at four times in training. Nearly all of the
-  thousands of eigenvalues are next to zero; the few on the right are the sharp directions.
+* The spectrum of the Hessian, before the first step and at four times in training. Nearly all of
+  the thousands of eigenvalues are next to zero; the few on the right are the sharp directions.
 
-A slice is an illustration, and no measure: it shows two of thousands of directions, and another seed
-shows others. Two networks say nothing about two methods, either; `compare_methods.py` compares
-methods on many seeds.
+A slice is an illustration, and no measure: it shows two of thousands of directions, and another
+seed shows others. Nor do two networks compare two methods: `compare_methods.py` does, on many seeds.
 """
 
 import argparse
@@ -89,7 +87,7 @@ class Spectra(keras.callbacks.Callback):
 
 
 def train(regularizer, data, steps, seed):
-    """Return a trained network, its sharpness over the steps, and its spectra."""
+    """Return a trained network, its sharpness over the steps, and its spectra by step."""
     keras.utils.set_random_seed(seed)  # fixes the initial weights
     model = make_model()
     model.compile(
@@ -107,7 +105,7 @@ def train(regularizer, data, steps, seed):
     repeated = [np.concatenate([array] * repeats) for array in data]
     settings = {"batch_size": NUM_TRAIN, "epochs": NUM_EPOCHS, "shuffle": False, "verbose": 0}
     model.fit(*repeated, callbacks=[sharpness, spectra], **settings)
-    return model, sharpness.record, spectra.found
+    return model, sharpness.record, {repeats * k: s for k, s in enumerate(spectra.found)}
 
 
 def examine(model, train_data, test_data, num_points):
@@ -135,19 +133,28 @@ def table(found):
     return lines
 
 
-def draw(found, runs, between, path):
-    """Save the page."""
-    figure, axes = plt.subplots(3, 3, figsize=(13, 10.5), layout="constrained")
-    for column, name in enumerate(found):
+def draw(runs, found, between):
+    """Return the page, a figure: a column for each network, and one for what is left."""
+    figure, axes = plt.subplots(3, 3, figsize=(11, 9.8), layout="constrained")
+    # One scale for both networks.
+    axes[0, 1].sharey(axes[0, 0])
+    axes[2, 1].sharex(axes[2, 0])
+    axes[2, 2].sharex(axes[1, 2])
+    for name, column in zip(runs, axes.T):
         _, record, spectra = runs[name]
-        steps = np.linspace(0, NUM_EPOCHS * (record["step"].max() // NUM_EPOCHS), len(spectra))
-        flatness.plot.sharpness(record, axes=axes[0, column])
-        axes[0, column].set_title(f"{name}: sharpness over training")
-        flatness.plot.loss_surface(found[name]["surface"], axes=axes[1, column])
-        flatness.plot.spectral_density(spectra, axes=axes[2, column], labels=map(int, steps))
-        flatness.plot.by_layer(found[name]["by layer"], axes=axes[1 + column, 2])
-    flatness.plot.loss_between(between, axes=axes[0, 2])
-    figure.savefig(path, dpi=100)
+        flatness.plot.sharpness(record, axes=column[0]).set_title(f"{name}: sharpness in training")
+        slice_axes = flatness.plot.loss_surface(found[name]["surface"], axes=column[1])
+        slice_axes.set_title(f"{name}\n{slice_axes.get_title()}")
+        rows = flatness.plot.spectral_density([*spectra.values()], column[2], labels=spectra)
+        rows.set_title(f"{name}: spectrum at step 0 to {max(spectra)}")
+    for name, bars in zip(runs, axes[1:, 2]):
+        flatness.plot.by_layer(found[name]["by layer"], axes=bars).set_title(f"{name}: layers")
+        bars.tick_params(labelsize="medium")
+    line = flatness.plot.loss_between(between, axes=axes[0, 2])
+    line.set_title(f"the line between them: {line.get_title()}")
+    first, second = runs
+    line.set_xlabel(f"from {first} (0) to {second} (1)")
+    return figure
 
 
 def main():
@@ -171,7 +178,7 @@ def main():
     between = flatness.loss_between(*(model for model, *_ in runs.values()), *train_data, **ALL)
     print(*table(found), f"barrier between the two: {between.barrier:.3g}", sep="\n")
     path = arguments.output / "look_at_a_minimum.png"
-    draw(found, runs, between, path)
+    draw(runs, found, between).savefig(path, dpi=115)
     print(f"\nThe page is in {path}")
 
 
