@@ -2,8 +2,9 @@
 
 For each network, batch size and number of sub-batches M, all ways to take a step are compiled
 first and then timed in turn, round after round: a plain `keras.Model`, the closed gate, InfoMCR
-with both main gradients, subsets of the sub-batches and both estimators, all other rules, and (on
-TensorFlow) a literal transcription of InfoMCR's algorithm with a second model and assigned weights.
+with both main gradients, subsets of the sub-batches and both estimators, all other rules, three
+replicas that share the batch, and (on TensorFlow) a literal transcription of InfoMCR's algorithm
+with a second model and assigned weights.
 
     python benchmarks/step_cost.py --quick
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
@@ -26,6 +27,7 @@ from models import NETWORKS, make, random_data
 from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import RegularizedModel
+from keras_infomcr.models import ReplicatedModel
 from keras_infomcr.regularizers import (
     EntropySGD,
     SharpnessAware,
@@ -95,6 +97,10 @@ def regularizers(count):
     }
 
 
+def _replicated(*args, num_replicas):
+    return ReplicatedModel(keras.Model(*args), num_replicas)
+
+
 def make_models(name, count, kinds=None, **compile_options):
     """Yield the names of the kinds of steps, all or those given, and models that take them."""
     for label, regularizer in regularizers(count).items():
@@ -106,6 +112,9 @@ def make_models(name, count, kinds=None, **compile_options):
         model = make(name, RegularizedModel, regularizer=regularizer, **compile_options)
         model.regularizer_active = label != "closed gate"
         yield label, model
+    if not kinds or "3 replicas" in kinds:
+        model = functools.partial(_replicated, num_replicas=3)
+        yield "3 replicas", make(name, model, **compile_options)
     if BACKEND == "tensorflow" and not (kinds and "literal" not in kinds):
         yield "literal", literal(name, count, **compile_options)
 

@@ -11,6 +11,8 @@ a new version of Keras changes one, this is the file to change. (Besides,
 * `in_stateless_scope`: whether variables are read from a scope of this thread.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -23,6 +25,7 @@ __all__ = [
     "FLAT_LOSSES",
     "LOSS_ARGUMENTS",
     "Functional",
+    "additional_loss",
     "all_layers",
     "call_has_training_arg",
     "compile_loss",
@@ -37,12 +40,15 @@ __all__ = [
     "known_logits",
     "loss_arguments",
     "loss_tracker",
+    "losses_of_step",
+    "note_logits",
     "own_metrics",
     "set_call_has_training_arg",
     "set_keras_mask",
     "steps_shown",
     "symbolic_build",
     "value_held",
+    "without_compile_config",
 ]
 
 # The names of attributes that are replaced while an evaluation runs. The public setter of the dtype
@@ -93,6 +99,16 @@ def compile_loss(model: keras.Model) -> Any:
     return model._compile_loss
 
 
+def additional_loss(model: keras.Model, loss: Any) -> Any:
+    """Return a loss that is not of `compile`, divided as Keras does under a strategy."""
+    return model._aggregate_additional_loss(loss)
+
+
+def losses_of_step(model: keras.Model) -> list:
+    """Return what JAX's step has kept of `model.losses`, empty elsewhere."""
+    return model._losses_override
+
+
 def flat_losses(compile_loss: Any) -> list:
     """Return the losses of the outputs, with their weights, once it is built."""
     return compile_loss._flat_losses or []
@@ -106,6 +122,11 @@ def loss_arguments(loss: Any) -> dict[str, Any]:
 def known_logits(output: Any) -> Any:
     """Return the logits that an activation has noted on its output, `None` if it has not."""
     return getattr(output, "_keras_logits", None)
+
+
+def note_logits(output: Any, logits: Any) -> None:
+    """Note logits on an output, as the activation does: TensorFlow's cross-entropies use them."""
+    output._keras_logits = logits
 
 
 def dtype_policy(layer: keras.Layer) -> Any:
@@ -130,6 +151,16 @@ def is_rematerialized(layer: keras.Layer) -> bool:
 def symbolic_build(model: keras.Model, data_batch: tuple) -> None:
     """Build the layers of the model, and what `compile` was given, without computing anything."""
     model._symbolic_build(data_batch=data_batch)
+
+
+@contextlib.contextmanager
+def without_compile_config(model: keras.Model) -> Iterator[None]:
+    """Let `keras.models.clone_model` make a copy that is not compiled."""
+    compiled, model.compiled = model.compiled, False
+    try:
+        yield
+    finally:
+        model.compiled = compiled
 
 
 def distribute_strategy(model: keras.Model) -> Any:

@@ -13,13 +13,18 @@ _USED_BY_FIT = {
 } | {"losses", "metrics_variables", "non_trainable_variables", "trainable_variables"}
 
 
-def check_overrides(model: keras.Model) -> None:
-    """Refuse a model with methods of its own that a model around it would not call."""
-    overridden = [
+def overrides_of(model: keras.Model) -> list[str]:
+    """Return the names of methods of its own that a model around it would not call."""
+    return [
         name
         for name in sorted(_USED_BY_FIT, key=lambda name: (name.startswith("_"), name))
         if getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model)
     ]
+
+
+def check_overrides(model: keras.Model) -> None:
+    """Refuse a model with methods of its own that a model around it would not call."""
+    overridden = overrides_of(model)
     if not overridden:
         return
     remedy = "Derive its class from `RegularizedModel` instead of `keras.Model`."

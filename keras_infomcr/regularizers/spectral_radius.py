@@ -15,7 +15,7 @@ from keras_infomcr.regularizers.dominant_eigenpair import dominant_eigenpair
 from keras_infomcr.regularizers.live import Live
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
 from keras_infomcr.regularizers.replicas import share_of_replica, warn_of_uneven_shares
-from keras_infomcr.regularizers.weights import half_precision, refuse_float8
+from keras_infomcr.regularizers.weights import cut, half_precision, refuse_float8
 from keras_infomcr.scalars import times, to_shortest_float
 
 
@@ -40,13 +40,14 @@ class SpectralRadius(Regularizer):
     v is found by Lanczos iteration, from where the step before ended, until
     ||H v - lambda v|| <= tolerance * |lambda|, which leaves an error in lambda of the order of
     tolerance^2. v is another one for each batch, so that this takes 4 to 6 products H u, some two
-    passes over the batch each; power iteration, as in the paper, takes half as many again. A step
-    that has not converged adds nothing, because its vector may belong to the other end of the
-    spectrum, and the next one goes on from there.
+    passes over the batch each; power iteration, as in the paper, takes a fifth more. A step that
+    has not converged adds nothing, because its vector may belong to the other end of the spectrum,
+    and the next one goes on from there.
 
     The gradient of v^T H v is taken by one more backward pass. The difference of gradients
-    (g(w + h v) - 2 g(w) + g(w - h v)) / h^2, some two passes, is no substitute: in float32 it was
-    off by 0.05 % to 1 % at the best h with GELU, and by more than 10 % at any h with ReLU.
+    (g(w + h v) - 2 g(w) + g(w - h v)) / h^2, some two passes, is no substitute in float32: it was
+    off by 0.2 % and more with GELU, and by far more with ReLU
+    (`benchmarks/third_derivatives.py`).
 
     The logs show the means over the epoch of rho, `spectral_radius`, and of the share of steps that
     have not converged, from 0 to 1, `spectral_radius_unconverged`.
@@ -183,7 +184,5 @@ def _joined(arrays: list, weights: list, dtype: str) -> Any:
 
 
 def _cut(vector: Any, weights: list) -> list:
-    """Return a vector as a list of arrays like the weights."""
-    stops = np.cumsum([int(np.prod(w.shape)) for w in weights])
-    parts = [vector[stop - int(np.prod(w.shape)) : stop] for stop, w in zip(stops, weights)]
-    return [ops.cast(ops.reshape(p, w.shape), w.dtype) for p, w in zip(parts, weights)]
+    """Return a vector as a list of arrays like the weights, in their dtypes."""
+    return [ops.cast(part, w.dtype) for part, w in zip(cut(vector, weights), weights)]

@@ -1,5 +1,6 @@
-"""Weights of low precision, and norms."""
+"""Lists of weights: their precision, their norm, and vectors cut into arrays like them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,11 @@ def norm(arrays: Sequence) -> Any:
 def at_least_float32(array: Any) -> str:
     """Return the type in which squares of an array's numbers do not vanish."""
     return keras.backend.result_type(array.dtype, "float32")
+
+
+def cut(vector: Any, weights: Sequence) -> list:
+    """Return a vector of as many numbers as the weights have as a list of arrays like them."""
+    sizes = [math.prod(w.shape) for w in weights]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    parts = [vector[start : start + size] for start, size in zip(starts, sizes)]
+    return [ops.reshape(part, w.shape) for part, w in zip(parts, weights)]

@@ -49,7 +49,8 @@ def test_steps_follow_the_gradient_at_weights_with_noise(per_filter, growth, flo
     kernel, bias = KERNEL, BIAS
     for step in range(3):
         std = 0.2 * (1 + step if growth else 1)
-        z = [numpy(keras.random.normal(s, dtype="float64", seed=generator)) for s in [(3, 2), (2,)]]
+        drawn = numpy(keras.random.normal((8,), dtype="float64", seed=generator))
+        z = drawn[:6].reshape(3, 2), drawn[6:]
         there = (
             kernel + std * filter_norms(kernel, per_filter) * z[0],
             bias + std * np.linalg.norm(bias) * z[1],
