@@ -7,8 +7,7 @@ a short table, and a page of nine pictures in look_at_a_minimum.png.
 
     python examples/look_at_a_minimum.py
 
-takes a minute on two CPU cores; with `--steps 100` half of it, and there is less to see. What the
-page shows, and how to read it:
+takes half a minute on two CPU cores. What the page shows, and how to read it:
 
 * Sharpness in training. The first eigenvalue of the Hessian is the curvature of the loss along its
   steepest direction. Gradient descent diverges where the curvature stays above 2/lr, the dashed
@@ -16,18 +15,20 @@ page shows, and how to read it:
   at the edge of stability (Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at
   the Edge of Stability", ICLR 2021, https://arxiv.org/abs/2103.00065). Towards the end the
   curvature falls with the loss. SAM's line lies lower, the lower the smaller the gradient is, and
-  SAM stays close to it: expect it to end at about half of the curvature.
+  SAM stays close to it: expect it to end at less than half of the curvature.
 * The line between the two networks. Where the loss rises above the dashed chord there is a barrier:
   the mean of the two networks has a larger loss than their losses have as a mean. Networks of two
   seeds have a barrier as a rule; here both start at the same weights.
-* A slice of the loss, along two random directions through the weights. Both networks have the same,
-  but that each filter of a direction is as long as the network's own. Read the numbers on the lines.
+* A slice of the loss, along two random directions through the weights, the same for both networks
+  but that each filter of a direction is as long as the network's own. Read the numbers on the
+  lines.
 * The trace of the Hessian by the weights of each layer: where the network is sharp.
 * The spectrum of the Hessian, before the first step and at four times in training. Nearly all of
   the thousands of eigenvalues are next to zero; the few on the right are the sharp directions.
 
 A slice is an illustration, and no measure: it shows two of thousands of directions, and another
-seed shows others. Nor do two networks compare two methods: `compare_methods.py` does, on many seeds.
+seed shows others. Nor do two networks compare two methods: `compare_methods.py` does that, on many
+seeds.
 """
 
 import argparse
@@ -144,9 +145,9 @@ def draw(runs, found, between):
         _, record, spectra = runs[name]
         flatness.plot.sharpness(record, axes=column[0]).set_title(f"{name}: sharpness in training")
         slice_axes = flatness.plot.loss_surface(found[name]["surface"], axes=column[1])
-        slice_axes.set_title(f"{name}\n{slice_axes.get_title()}")
+        slice_axes.set_title(f"{name}: {slice_axes.get_title()}".replace(", ", "\n", 1))
         rows = flatness.plot.spectral_density([*spectra.values()], column[2], labels=spectra)
-        rows.set_title(f"{name}: spectrum at step 0 to {max(spectra)}")
+        rows.set_title(f"{name}: spectrum by step")
     for name, bars in zip(runs, axes[1:, 2]):
         flatness.plot.by_layer(found[name]["by layer"], axes=bars).set_title(f"{name}: layers")
         bars.tick_params(labelsize="medium")
