@@ -72,7 +72,7 @@ def test_both_networks_start_at_the_same_weights():
     assert record["hessian_eigenvalue_1"][-1] != other["hessian_eigenvalue_1"][-1]
     assert list(spectra) == list(others) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(spectra[0].grid, others[0].grid)
-    np.testing.assert_array_equal(record["step"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(record["step"], [0, 1, 2, 3, 4])
 
 
 def test_the_page_stands_in_the_readme():
