@@ -88,7 +88,7 @@ def test_every_measure_has_a_name(data):
         measures.append(functools.partial(function, **settings) if settings else name)
     logs, _ = fit(classifier(), data, *measures, epochs=1)
     assert all(np.isfinite(logs[name][0]) for name in set(names) - others)
-    assert len(set(names) - others) == 15
+    assert len(set(names) - others) == 18
 
 
 def test_keys_stand_in_the_logs_of_each_epoch(data, tmp_path):

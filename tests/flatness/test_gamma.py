@@ -173,7 +173,10 @@ def test_bad_tolerances(data, value):
 @pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 @pytest.mark.parametrize(
     ("draw", "kind"),
-    [(plot.by_layer, "GammaHatByLayer"), (plot.spectral_density, "SpectralDensity")],
+    [
+        (plot.by_layer, "GammaHatByLayer` or `HessianTraceByLayer"),
+        (plot.spectral_density, "SpectralDensity"),
+    ],
 )
 def test_pictures_of_another_result_are_refused(data, draw, kind):
     result = gamma_hat(classifier(), *data, num_examples=4, num_trials=1)
