@@ -7,10 +7,11 @@ of the paper's Eq. 5: the Jacobian of the losses in chunks of 10, and its singul
     python benchmarks/gamma_hat.py --quick
     python benchmarks/gamma_hat.py --networks wrn-28-2 --num-examples 100
 
-prints the table and adds it, as JSON and as a figure, to those in benchmarks/results/ that were
-measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
-JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
-the backend. On TensorFlow, `--replicas 2` compares trials on two logical CPU devices with one.
+prints the table and adds it, as JSON and as a figure of the networks measured at several N', to
+those in benchmarks/results/ that were measured with the same versions on the same kind of machine;
+`--docs FILE` puts the tables of all JSON files there between the markers of a Markdown file,
+without measuring. KERAS_BACKEND chooses the backend. On TensorFlow, `--replicas 2` compares trials
+on two logical CPU devices with one.
 """
 
 import functools
@@ -194,9 +195,14 @@ def table(report):
 
 
 def plot(report, path):
-    """Save a picture of the seconds, a panel for each network."""
-    networks = sorted({r["network"] for r in report["rows"]})
-    size = 1 + 2.4 * len(networks), 3.2
+    """Save a picture of the seconds over N', a panel for each network measured at several N'."""
+    counts = {}
+    for network, count in map(key_of, report["rows"]):
+        counts.setdefault(network, set()).add(count)
+    networks = sorted(n for n in counts if len(counts[n]) > 1)
+    if not networks:
+        return
+    size = 1 + 2.6 * len(networks), 3.4
     figure, axes = plt.subplots(
         1, len(networks), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
@@ -205,9 +211,12 @@ def plot(report, path):
         for kind in dict.fromkeys(r["kind"] for r in rows):
             points = [(r["examples"], r["seconds"]) for r in rows if r["kind"] == kind]
             axis.plot(*zip(*points), "o-", label=kind)
-        axis.set(title=network, xlabel="examples N'", yscale="log")
+        axis.set(title=network, xlabel="examples N'", xscale="log", yscale="log")
+        axis.set_xticks(sorted(counts[network]), sorted(counts[network]))
+        axis.minorticks_off()
     axes[0, 0].set_ylabel("seconds")
-    axes[0, 0].legend()
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
     figure.savefig(path, dpi=120)
 
 

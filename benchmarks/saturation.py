@@ -98,19 +98,32 @@ def table(rows):
 
 def plot(rows, path):
     """Save a picture of the values and of the two parts."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     values = {"gamma_hat": "-", "naive, float64": "s", "naive, float32": "o"}
     parts = {"log_loss_part": "-", "geometry_part": "-"}
     parts |= {f"normalised {part}": "--" for part in parts}
     titles = "Three ways to the same value", "Its parts"
     for axis, title, lines in zip(axes, titles, (values, parts)):
         for label, style in lines.items():
-            values = [r[label] if np.isfinite(r[label]) else np.nan for r in rows]
-            axis.plot([r["scale"] for r in rows], values, style, label=label)
+            plot_line(axis, rows, label, style)
         axis.set(title=title, xlabel="scale of the logits", xscale="log")
+        axis.set_ylabel(f"natural logarithm, {NUM_EXAMPLES} examples")
         axis.set_yscale("symlog", linthresh=100)
+    axes[0].plot([], [], "kv", label="-infinity")
+    axes[0].set_ylim(-1e6, -500)
+    for axis in axes:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def plot_line(axis, rows, label, style):
+    """Plot a value over the scale, with a mark at the lower edge where it is -infinity."""
+    scales, values = (np.array([r[name] for r in rows]) for name in ("scale", label))
+    finite = np.isfinite(values)
+    (line,) = axis.plot(scales[finite], values[finite], style, label=label)
+    height = np.full(np.sum(~finite), 0.07 if style == "s" else 0.03)
+    at_edge = {"transform": axis.get_xaxis_transform(), "color": line.get_color()}
+    axis.plot(scales[~finite], height, "v", **at_edge)
 
 
 def main():

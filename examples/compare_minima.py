@@ -31,6 +31,7 @@ from keras_infomcr import flatness
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 NUM_TRAIN = 600
 BATCH_SIZES = {"small": 20, "large": 300}
@@ -53,9 +54,11 @@ MEASURES = {
     "hessian_trace": lambda *a: flatness.hessian_trace(*a, **ALL).value,
     "hessian_frobenius_norm": lambda *a: flatness.hessian_frobenius_norm(*a, **ALL).value,
     "hessian_spectral_radius": lambda *a: flatness.hessian_spectral_radius(*a, **ALL).value,
+    "relative_flatness": lambda *a: flatness.relative_flatness(*a, **ALL).value,
     "fisher_trace": lambda *a: flatness.fisher_trace(*a, **FEW).value,
     "fisher_frobenius_norm": lambda *a: flatness.fisher_frobenius_norm(*a, **FEW).value,
     "fisher_spectral_radius": lambda *a: flatness.fisher_spectral_radius(*a, **FEW).value,
+    "fisher_rao_norm": lambda *a: flatness.fisher_rao_norm(*a, **ALL).value,
     "input_jacobian_norm": lambda *a: flatness.input_jacobian_norm(*a, **ALL).value,
     "adaptive_sharpness": lambda *a: flatness.adaptive_sharpness(*a, **ALL).value,
     "average_adaptive_sharpness": lambda *a: (
@@ -235,22 +238,34 @@ def listed(names, taus):
 
 def plot(models, taus, path):
     """Save a picture with a panel for each measure, the test error above it."""
-    figure, axes = plt.subplots(3, 5, figsize=(15, 9), sharey=True, layout="constrained")
+    num_rows = math.ceil(len(taus) / 6)
+    size = 17, 1 + 2.7 * num_rows
+    figure, axes = plt.subplots(num_rows, 6, figsize=size, sharey=True, layout="constrained")
     for axis, (name, row) in zip(axes.flat, taus.items()):
         for (size, shifts), color in SETTINGS.items():
             group = [m for m in models if (m["batch size"], m["shifts"]) == (size, shifts)]
             errors = 100 * np.array(column(group, "test_error"))
             label = f"{size} batches, {'with' if shifts else 'no'} shifts"
             axis.scatter(column(group, name), errors, color=color, label=label)
-        if min(column(models, name)) > 0:
-            axis.set_xscale("log")
-        else:
-            axis.locator_params(axis="x", nbins=4)
+        set_scale(axis, column(models, name))
         axis.set_title(f"{name}\ntau {row['all']:+.2f}", fontsize="medium")
+    for axis in axes.flat[len(taus) :]:
+        axis.set_axis_off()
     figure.supxlabel("measure (left is flatter)")
     figure.supylabel("test error, %")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=100)
+
+
+def set_scale(axis, values):
+    """Choose a scale of the measure on which a few labels say enough, and do not overlap."""
+    if min(values) > 0 and max(values) > 100 * min(values):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        axis.locator_params(axis="x", nbins=4)
+        axis.ticklabel_format(axis="x", scilimits=(-2, 3))
 
 
 def main():

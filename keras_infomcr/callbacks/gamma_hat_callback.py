@@ -11,14 +11,15 @@ from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 class GammaHatCallback(MeasuringCallback):
     """Log InfoMCR's metric gamma-hat at the end of epochs.
 
-    Adds `gamma_hat` and `gamma_hat_stderr` to the logs of each epoch, NaN for an epoch without a
-    measurement. Put it before the callbacks that read them (`CSVLogger`, `TensorBoard`,
-    `EarlyStopping("gamma_hat", mode="min")`, `ModelCheckpoint`): a warning names those callbacks
-    that stand before it. It works with any `keras.Model`, and leaves the model, its optimizer and
-    all seeds as they are. To compare runs with and without a regulariser pass
-    `normalize_softmax=True`, as the paper does: without it the value falls as the logits grow. A
-    warning says so if the model does not fit the data, as after training has diverged; however
-    small the value, that is no flat minimum.
+    Adds `gamma_hat`, `gamma_hat_stderr` and `gamma_hat_log_loss_part`, one of the two parts of
+    `GammaHat`, to the logs of each epoch, NaN for an epoch without a measurement.
+    `keras_infomcr.flatness.plot.gamma_hat(history)` draws them. Put it before the callbacks that
+    read them (`CSVLogger`, `TensorBoard`, `EarlyStopping("gamma_hat", mode="min")`,
+    `ModelCheckpoint`): a warning names those callbacks that stand before it. It works with any
+    `keras.Model`, and leaves the model, its optimizer and all seeds as they are. To compare runs
+    with and without a regulariser pass `normalize_softmax=True`, as the paper does: without it the
+    value falls as the logits grow. A warning says so if the model does not fit the data, as after
+    training has diverged; however small the value, that is no flat minimum.
 
     Args:
         data: Tuple `(x, y)` of arrays or structures of arrays, or a `tf.data.Dataset`, torch
@@ -61,7 +62,7 @@ class GammaHatCallback(MeasuringCallback):
     Regularization", ICML 2020, Eq. 6 (https://arxiv.org/abs/1911.08192).
     """
 
-    names = "gamma_hat", "gamma_hat_stderr"
+    names = "gamma_hat", "gamma_hat_stderr", "gamma_hat_log_loss_part"
 
     def __init__(
         self,
@@ -111,6 +112,6 @@ class GammaHatCallback(MeasuringCallback):
             self._prepared = True
 
     def measure(self):
-        """Return gamma-hat with its standard error, as logs."""
-        self.result = GammaHat.of_parts(self._estimator.measure())
-        return dict(zip(self.names, (self.result.value, self.result.stderr)))
+        """Return gamma-hat with its standard error and one of its parts, as logs."""
+        self.result = result = GammaHat.of_parts(self._estimator.measure())
+        return dict(zip(self.names, (result.value, result.stderr, result.log_loss_part)))

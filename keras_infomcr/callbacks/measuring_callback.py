@@ -19,12 +19,16 @@ _READERS = (
     keras.callbacks.TensorBoard,
 )
 
+# The ends of keys that are logged beside an estimate and not printed as one.
+_BESIDE = "_stderr", "_log_loss_part"
+
 
 class MeasuringCallback(keras.callbacks.Callback):
     """Measures the model at the end of epochs, and after the last.
 
     Subclasses define `measure`, and `names`, the keys that it logs; in an epoch without a
-    measurement they are NaN.
+    measurement they are NaN. A subclass that measures at other times too overrides `is_due` and
+    `logs_without_measurement`.
 
     Args:
         data: Tuple `(x, y)`, or what gives batches `(x, y)`.
@@ -72,11 +76,19 @@ class MeasuringCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
         last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        self._measured = last or (epoch + 1) % self.frequency == 0
+        self._measured = last or self.is_due(epoch)
         if self._measured:
             self._measure(logs, f"Epoch {epoch + 1}")
         else:
-            logs.update(dict.fromkeys(self.names, math.nan))
+            logs.update(self.logs_without_measurement())
+
+    def is_due(self, epoch: int) -> bool:
+        """Return whether to measure at the end of an epoch, counted from 0."""
+        return (epoch + 1) % self.frequency == 0
+
+    def logs_without_measurement(self) -> dict[str, float]:
+        """Return the logs of an epoch that ends without a measurement."""
+        return dict.fromkeys(self.names, math.nan)
 
     def on_train_end(self, logs=None):
         # A callback after this one may have stopped training.
@@ -101,7 +113,7 @@ class MeasuringCallback(keras.callbacks.Callback):
                 f"see {list(self.names)}. Put `{ours}` first."
             )
 
-    def _measure(self, logs: dict, when: str):
+    def _measure(self, logs: dict, when: str, after_epoch: bool = True):
         start = time.perf_counter()
         epoch_seconds = start - self._epoch_start
         found = self.measure()
@@ -110,13 +122,12 @@ class MeasuringCallback(keras.callbacks.Callback):
         self._num_measured += 1
         if not self.verbose:
             return
-        named = [name for name in self.names if not name.endswith("_stderr")]
-        estimates = [
-            f"{name} {found[name]:#.5g} +- {found[f'{name}_stderr']:#.3g}" for name in named
-        ]
+        named = [name for name in self.names if not name.endswith(_BESIDE)]
+        errors = {n: f" +- {found[e]:#.3g}" for n in named if (e := f"{n}_stderr") in found}
+        estimates = [f"{name} {found[name]:#.5g}{errors.get(name, '')}" for name in named]
         print(f"{when}: {', '.join(estimates)} ({seconds:.1f} s)")
         # The first measurement compiles; its time would say nothing of the others.
-        if self._num_measured == 2:
+        if self._num_measured == 2 and after_epoch:
             share = 100 * seconds / epoch_seconds
             print(f"{', '.join(named)} takes {share:.1f} % of an epoch's time")
 

@@ -25,9 +25,10 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products, floor
         floor: Float in (0, 1].
 
     Returns:
-        Tuple of the eigenvalues, an array of `count` numbers at most in the order wanted; and
-        the largest of their error bounds, relative likewise. `max_products` was too small if it
-        exceeds the tolerance. NaN if a product is not finite.
+        Tuple of the eigenvalues, an array of `count` numbers at most in the order wanted;
+        the largest of their error bounds, relative likewise, `max_products` having been too small
+        if it exceeds the tolerance; and their vectors, orthonormal rows of an array. NaN if a
+        product is not finite.
     """
     size = min(2 * count + 20, len(start))
     basis = np.zeros((size + 1, len(start)), start.dtype)
@@ -37,7 +38,7 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products, floor
     for used in range(1, max_products + 1):
         vector, unit = _in_units(product(basis[filled]), start.dtype, unit)
         if vector is None:
-            return np.full(count, np.nan), np.nan
+            return np.full(count, np.nan), np.nan, np.full((count, len(start)), np.nan)
         known = basis[: filled + 1]
         vector, along = _orthogonalized(vector, known)
         projected[filled, : filled + 1] = projected[: filled + 1, filled] = along
@@ -65,7 +66,7 @@ def top_eigenvalues(product, start, count, order, tolerance, max_products, floor
             np.fill_diagonal(projected[: len(kept), : len(kept)], values[kept])
             filled = len(kept)
         basis[filled] = vector / length
-    return (unit or 1.0) * values[first], error
+    return (unit or 1.0) * values[first], error, vectors[:, first].T.astype(start.dtype) @ known
 
 
 def _in_units(vector, dtype, unit):

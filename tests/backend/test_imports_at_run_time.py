@@ -34,7 +34,7 @@ data = np.ones((8, 4)) + np.arange(8)[:, None], np.arange(8) % 3
 callbacks = [GammaHatCallback(data, num_examples=2), StartRegAfterLRDrop(start_epoch=0)]
 logs = model.fit(*data, batch_size=8, callbacks=callbacks, verbose=0).history
 assert not set(sys.modules) & set({others})
-assert set(logs) == {{"loss", "infomcr_reg", "gamma_hat", "gamma_hat_stderr"}}, logs
+assert {{"loss", "infomcr_reg", "gamma_hat", "gamma_hat_stderr"}} <= set(logs), logs
 """
 
 

@@ -75,11 +75,11 @@ def test_every_measure_has_a_name(data):
     """Small settings are the defaults of none: they are given by names of partial functions."""
     names = sorted(
         {n for n in flatness.__all__ if n.islower()}
-        - {"pac_bayes_bound", "plot", "reestimate_batch_norm"}
+        - {"loss_between", "loss_surface", "pac_bayes_bound", "plot", "reestimate_batch_norm"}
     )
     small = {"gamma": 5, "gamma_hat": 5, "fisher": 5}
     # Which give no single number.
-    others = {"gamma_hat_by_layer", "hessian_spectral_density"}
+    others = {"gamma_hat_by_layer", "hessian_spectral_density", "hessian_trace_by_layer"}
     measures = []
     for name in names:
         if name in others:
@@ -90,7 +90,7 @@ def test_every_measure_has_a_name(data):
         measures.append(functools.partial(function, **settings) if settings else name)
     logs, _ = fit(classifier(), data, *measures, epochs=1)
     assert all(np.isfinite(logs[name][0]) for name in set(names) - others)
-    assert len(set(names) - others) == 15
+    assert len(set(names) - others) == 18
 
 
 def test_keys_stand_in_the_logs_of_each_epoch(data, tmp_path):

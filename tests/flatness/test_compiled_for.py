@@ -50,7 +50,7 @@ def short(name, **settings):
 MEASURES = [
     short("hessian_trace", num_products=6),
     short("hessian_spectral_radius"),
-    short("local_energy", num_samples=1, reestimate_statistics=True),
+    short("local_energy", num_samples=1, reestimate=True),
     short("local_entropy", num_samples=1),
     short("adaptive_sharpness", num_steps=1),
 ]

@@ -52,6 +52,7 @@ def test_gamma_of_each_trial(data):
 
 
 TRIALS = [name for name in flatness.__all__ if name.startswith(("gamma", "fisher"))]
+TRIALS.remove("fisher_rao_norm")  # of all of the data
 
 
 @pytest.mark.parametrize("name", [*TRIALS, "input_jacobian_norm"])
@@ -122,12 +123,12 @@ def test_picture_has_a_bar_for_each_finite_layer(data):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     model = sequential(layers.Dense(8), layers.BatchNormalization(), layers.Dense(NUM_CLASSES))
     result = gamma_hat_by_layer(model, *data, num_examples=20, num_trials=2)
-    axes = plot.gamma_hat_by_layer(result)
+    axes = plot.by_layer(result)
     assert [p.get_width() for p in axes.patches] == list(result.values[[0, 2]])
     assert [label.get_text() for label in axes.get_yticklabels()] == list(result.layers)
     assert [t.get_text() for t in axes.texts] == ["not finite"]
     own = pyplot.figure().subplots()
-    assert plot.gamma_hat_by_layer(result, own) is own
+    assert plot.by_layer(result, own) is own
     pyplot.close("all")
 
 
@@ -172,7 +173,10 @@ def test_bad_tolerances(data, value):
 @pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
 @pytest.mark.parametrize(
     ("draw", "kind"),
-    [(plot.gamma_hat_by_layer, "GammaHatByLayer"), (plot.spectral_density, "SpectralDensity")],
+    [
+        (plot.by_layer, "GammaHatByLayer` or `HessianTraceByLayer"),
+        (plot.spectral_density, "SpectralDensity"),
+    ],
 )
 def test_pictures_of_another_result_are_refused(data, draw, kind):
     result = gamma_hat(classifier(), *data, num_examples=4, num_trials=1)

@@ -206,7 +206,7 @@ def test_statistics_given_anew_make_the_scale_of_a_kernel_vanish(float64, data):
         model = with_batch_norm(epsilon=1e-12)
         model.layers[0].kernel.assign(scale * model.layers[0].kernel.value)
         for given_anew in (True, False):
-            settings = {"num_samples": 2, "seed": 0, "reestimate_statistics": given_anew}
+            settings = {"num_samples": 2, "seed": 0, "reestimate": given_anew}
             values.append(local_energy(model, *data, sigma=0.5, **settings).value)
     # The epsilon of 1e-12 beside variances of some 0.1 or more.
     assert values[0] == pytest.approx(values[2], rel=1e-9)
@@ -221,7 +221,7 @@ def test_statistics_given_anew_are_those_of_the_batches(float64, data, chunk_siz
     x, y = data
     settings = {"num_samples": 2, "seed": 0, "chunk_size": chunk_size}
     moving = local_energy(model, x, y, **settings).value
-    result = local_energy(model, x, y, reestimate_statistics=True, **settings).value
+    result = local_energy(model, x, y, reestimate=True, **settings).value
     model.layers[1].set_weights([x.astype("float64").mean(axis=0), x.astype("float64").var(axis=0)])
     assert result == pytest.approx(local_energy(model, x, y, **settings).value, rel=1e-9)
     assert abs(moving - result) > 1e-6
@@ -260,7 +260,7 @@ def test_frozen_batch_normalisation_keeps_its_statistics(float64, data):
     model.layers[1].trainable = False
     compiled(model, from_logits())
     for given_anew in (True, False):
-        settings = {"num_samples": 2, "seed": 0, "reestimate_statistics": given_anew}
+        settings = {"num_samples": 2, "seed": 0, "reestimate": given_anew}
         results.append(local_energy(model, *data, sigma=0.5, **settings).value)
     assert results[0] == results[1]
 
@@ -270,7 +270,7 @@ def test_frozen_batch_normalisation_keeps_its_statistics(float64, data):
 
 @pytest.mark.parametrize("given_anew", [True, False])
 def test_model_and_seeds_are_untouched(given_anew):
-    settings = {"num_samples": 2, "reestimate_statistics": given_anew}
+    settings = {"num_samples": 2, "reestimate": given_anew}
     assert_untouched(lambda *args: local_energy(*args, **settings))
 
 
@@ -290,7 +290,7 @@ def test_progress_counts_the_passes_over_the_data(data, capsys):
         ({"sigma": [[0.1]]}, "`sigma` must be a number or a sequence. Received: sigma=[[0.1]]"),
         ({"num_samples": 0}, "`num_samples` must be an integer of at least 1."),
         ({"kind": "both"}, "`kind` must be one of 'multiplicative', 'additive'. Received: kind="),
-        ({"reestimate_statistics": 1}, "`reestimate_statistics` must be `True` or `False`."),
+        ({"reestimate": 1}, "`reestimate` must be `True` or `False`."),
         ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1."),
         ({"num_examples": 13}, "`num_examples` must not exceed the number of examples in the data"),
         ({"y": None}, "Labels are needed. Received: y=None."),

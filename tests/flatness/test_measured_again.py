@@ -12,12 +12,14 @@ from nets import NUM_CLASSES, from_logits
 
 from keras_infomcr.flatness import (
     fisher_frobenius_norm,
+    fisher_rao_norm,
     fisher_spectral_radius,
     fisher_trace,
     gamma,
     gamma_hat,
     gamma_hat_by_layer,
     input_jacobian_norm,
+    relative_flatness,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not fit:UserWarning")
@@ -33,9 +35,18 @@ MEASURES = {
     "spectral radius": (fisher_spectral_radius, DRAW),
     "frobenius norm": (fisher_frobenius_norm, DRAW),
     "input jacobian": (input_jacobian_norm, {"num_examples": 12, "chunk_size": 6, "seed": 0}),
+    "fisher-rao norm": (fisher_rao_norm, {"num_examples": 12, "chunk_size": 6, "seed": 0}),
+    "relative flatness": (relative_flatness, DRAW | {"num_products": 6}),
 }
 # They share what is compiled for gamma-hat and the trace: CI alone tries them.
-SLOW = ("gamma", "by layer", "spectral radius", "frobenius norm")
+SLOW = (
+    "gamma",
+    "by layer",
+    "spectral radius",
+    "frobenius norm",
+    "fisher-rao norm",
+    "relative flatness",
+)
 PARAMS = [
     pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
     for name, case in MEASURES.items()

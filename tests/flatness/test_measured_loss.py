@@ -30,7 +30,7 @@ MEASURES = [
     measure("hessian_spectral_radius"),
     measure("hessian_top_eigenvalues", num_eigenvalues=2),
     measure("hessian_spectral_density", num_probes=1, num_steps=3),
-    measure("local_energy", num_samples=2, reestimate_statistics=True),
+    measure("local_energy", num_samples=2, reestimate=True),
     measure("local_entropy", num_samples=2),
     measure("local_entropy_gradient_norm", num_chains=2, num_steps=2),
     measure("local_learning_coefficient", num_chains=2, num_steps=2),

@@ -47,5 +47,11 @@ def train(data, **kwargs):
 def test_data_of_any_kind(make):
     data = make()
     logs = train(data, x=data)
-    assert set(logs) == {"loss", "infomcr_reg", "gamma_hat", "gamma_hat_stderr"}
+    assert set(logs) == {
+        "loss",
+        "infomcr_reg",
+        "gamma_hat",
+        "gamma_hat_stderr",
+        "gamma_hat_log_loss_part",
+    }
     np.testing.assert_equal(logs, train((X, Y), x=X, y=Y, batch_size=5))

@@ -61,7 +61,7 @@ def masked():
     return keras.Model(inputs, keras.layers.Dense(1)(x))
 
 
-@keras.saving.register_keras_serializable("tests")
+@keras.saving.register_keras_serializable("tests_of_replicas")
 class Subclass(keras.Model):
     def __init__(self, units=5):
         super().__init__()

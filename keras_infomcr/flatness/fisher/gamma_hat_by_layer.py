@@ -70,7 +70,7 @@ def gamma_hat_by_layer(
         verbose: 0 or 1. With 1, a progress bar counts the trials. Defaults to 0.
 
     Returns:
-        A `GammaHatByLayer`, which `keras_infomcr.flatness.plot.gamma_hat_by_layer` draws.
+        A `GammaHatByLayer`, which `keras_infomcr.flatness.plot.by_layer` draws.
 
     Raises:
         TypeError: As `gamma_hat`.
@@ -80,7 +80,7 @@ def gamma_hat_by_layer(
 
     ```python
     result = gamma_hat_by_layer(model, x_train, y_train, num_examples=20)
-    plot.gamma_hat_by_layer(result).figure.savefig("layers.png")
+    plot.by_layer(result).figure.savefig("layers.png")
     ```
 
     Reference: Eq. 5 and 6 of Jia and Su, "Information-Theoretic Local Minima Characterization and

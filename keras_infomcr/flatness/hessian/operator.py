@@ -7,21 +7,30 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.core.euclidean_norm import euclidean_norm, unit_of
-from keras_infomcr.core.lanczos import top_eigenvalues, tridiagonal
-from keras_infomcr.core.quadrature import blurred_density, grid_for, quadrature
-from keras_infomcr.core.trace import hutch_plus_plus, hutchinson
+from keras_infomcr.core.euclidean_norm import euclidean_norm
+from keras_infomcr.core.lanczos import tridiagonal
+from keras_infomcr.core.quadrature import quadrature
 from keras_infomcr.flatness.data.examples import trial_batches
-from keras_infomcr.flatness.estimate import Estimate, standard_error
+from keras_infomcr.flatness.estimate import Estimate
+from keras_infomcr.flatness.hessian.eigenvalues import (
+    EigenvalueSearch,
+    by_size,
+    check_arguments,
+    from_both_ends,
+)
 from keras_infomcr.flatness.hessian.products import HessianProducts, check_size
 from keras_infomcr.flatness.hessian.results import (
+    HessianTraceByLayer,
     SpectralDensity,
     SpectralRadius,
     TopEigenvalues,
-    mean_estimate,
+    of_draws_or_trials,
+    root_of_mean,
 )
+from keras_infomcr.flatness.hessian.trace_estimates import TraceEstimates
+from keras_infomcr.flatness.layers_of_weights import LayersOfWeights
 from keras_infomcr.flatness.loss.loss_function import LossFunction
-from keras_infomcr.flatness.running.checks import check_sampling, warn
+from keras_infomcr.flatness.running.checks import check_sampling
 from keras_infomcr.flatness.running.progress import progress_bar
 
 
@@ -59,6 +68,7 @@ class Hessian:
     ```python
     hessian = Hessian(model, x_train, y_train, num_examples=100, seed=0)
     print(hessian.trace().value, hessian.top_eigenvalues(num_eigenvalues=5).eigenvalues)
+    gradient = hessian.gradient()
     along_gradient = gradient @ hessian.product(gradient) / (gradient @ gradient)
     ```
     """
@@ -115,20 +125,37 @@ class Hessian:
         products, _ = self._over_trials(self._loss(), lambda hessian: hessian.product(vector), 1)
         return np.mean(products, axis=0)
 
+    def gradient(self) -> np.ndarray:
+        """Return the gradient of the loss; over trials, the mean of their gradients.
+
+        Returns:
+            Array `[W]`, in the order and the dtype of `product`.
+        """
+        gradients, _ = self._over_trials(self._loss(), HessianProducts.gradient, 1)
+        return np.mean(gradients, axis=0)
+
     def trace(self, *, num_products: int = 30, method: str = "hutch++") -> Estimate:
         """Estimate the trace, as `hessian_trace` does; its arguments are explained there."""
-        validation.one_of("hutchinson", "hutch++", method=method)
-        validation.integer(minimum=2 if method == "hutchinson" else 6, num_products=num_products)
+        estimates = TraceEstimates(num_products, method)
+        return Estimate.of(of_draws_or_trials(self._measured(estimates, num_products)))
 
-        def trace(hessian):
-            if method == "hutchinson":
-                return hutchinson(hessian.products, hessian.probes(num_products))
-            # A sketch takes two products: one for the range, one for the trace within it.
-            sketches = hessian.probes(num_products // 3)
-            probes = hessian.probes(num_products - 2 * (num_products // 3))
-            return hutch_plus_plus(hessian.products, sketches, probes)
+    def trace_by_layer(
+        self,
+        *,
+        num_products: int = 30,
+        method: str = "hutch++",
+        known: TopEigenvalues | None = None,
+    ) -> HessianTraceByLayer:
+        """Estimate the traces of layers, as `hessian_trace_by_layer` does, which explains it.
 
-        return mean_estimate(self._measured(trace, num_products))
+        The eigenvalues `known`, with vectors, of this Hessian or one like it have their share
+        computed, which lowers the standard errors at no further product. The estimates are
+        unbiased whatever the vectors are.
+        """
+        weights = LayersOfWeights(self.model.trainable_variables)
+        estimates = TraceEstimates(num_products, method, weights.dots, known)
+        samples = of_draws_or_trials(self._measured(estimates, num_products))
+        return HessianTraceByLayer.of(weights, samples)
 
     def frobenius_norm(self, *, num_products: int = 30) -> Estimate:
         """Estimate the Frobenius norm, as `hessian_frobenius_norm` does, which explains it."""
@@ -138,38 +165,41 @@ class Hessian:
             products = map(hessian.products, hessian.probes(num_products))
             return np.array([euclidean_norm(p) for some in products for p in some])
 
-        trials = self._measured(norms, num_products)
-        # The squares of very small or very large curvatures would vanish or overflow.
-        unit = unit_of(trials)
-        square = mean_estimate([(trial / unit) ** 2 for trial in trials])
-        norm = np.sqrt(square.value)
-        # The error of a root is half the relative error of the square.
-        stderr = square.stderr / (2 * norm) if norm else square.stderr
-        return Estimate(float(unit * norm), float(unit * stderr), unit * np.sqrt(square.samples))
+        return root_of_mean(self._measured(norms, num_products))
 
     def spectral_radius(
         self, *, tolerance: float = 0.01, max_products: int = 100
     ) -> SpectralRadius:
         """Compute the spectral radius, as `hessian_spectral_radius` does, which explains it."""
         # An edge near zero, which nothing but many products tells from zero, is not worth them.
-        extremes = self._eigenvalues(2, _from_both_ends, tolerance, max_products, floor=0.1)
+        search = EigenvalueSearch(2, from_both_ends, tolerance, max_products, floor=0.1)
+        extremes, _ = self._eigenvalues(search)
         largest, smallest = (float(extremes[:, k].mean()) for k in (0, -1))
         radii = np.abs(extremes).max(axis=1)
         return SpectralRadius.of(radii, largest=largest, smallest=smallest)
 
     def top_eigenvalues(
-        self, *, num_eigenvalues: int = 10, tolerance: float = 0.01, max_products: int = 200
+        self,
+        *,
+        num_eigenvalues: int = 10,
+        tolerance: float = 0.01,
+        max_products: int = 200,
+        vectors: bool = False,
+        starts: np.ndarray | None = None,
     ) -> TopEigenvalues:
-        """Compute the largest eigenvalues, as `hessian_top_eigenvalues` does, which explains it."""
-        validation.integer(minimum=1, num_eigenvalues=num_eigenvalues)
-        if num_eigenvalues > self.size:
-            raise ValueError(
-                "`num_eigenvalues` must not exceed the number of weights. "
-                f"Received: num_eigenvalues={num_eigenvalues}, {self.size} weights"
-            )
-        samples = self._eigenvalues(num_eigenvalues, _by_size, tolerance, max_products, floor=0.01)
-        first = Estimate.of(samples[:, 0])
-        return TopEigenvalues(first.value, first.stderr, samples, samples.mean(axis=0))
+        """Compute the largest eigenvalues, as `hessian_top_eigenvalues` does, which explains it.
+
+        `starts` is an array `[n, W]` of vectors near the eigenvectors, such as those found some
+        steps of training ago: about half as many products are then needed. An eigenvalue that has
+        overtaken theirs since may be missed, the more so the fewer are sought.
+        """
+        check_arguments(num_eigenvalues, vectors, starts, self.size, len(self._trials))
+        search = EigenvalueSearch(
+            num_eigenvalues, by_size, tolerance, max_products, 0.01, starts, vectors
+        )
+        samples, (found, *_) = self._eigenvalues(search)
+        first, means = Estimate.of(samples[:, 0]), samples.mean(axis=0)
+        return TopEigenvalues(first.value, first.stderr, samples, means, found)
 
     def spectral_density(
         self, *, num_probes: int = 3, num_steps: int = 50, width: float | None = None
@@ -184,35 +214,13 @@ class Hessian:
             return [quadrature(tridiagonal(hessian.product, p, num_steps)) for p in probes]
 
         trials = self._measured(quadratures, num_probes * num_steps)
-        nodes = np.concatenate([nodes for trial in trials for nodes, _ in trial])
-        # A single node, or several that coincide, have no range to take a width from.
-        width = width or float(np.ptp(nodes)) / 100 or abs(float(nodes[0])) / 100 or 1.0
-        grid = grid_for(nodes, width)
-        densities = np.array(
-            [[blurred_density(grid, *r, width) for r in trial] for trial in trials]
-        )
-        densities = densities[0] if len(trials) == 1 else densities.mean(axis=1)
-        stderr = np.array([standard_error(column) for column in densities.T])
-        return SpectralDensity(densities.mean(axis=0), stderr, grid, width, self.size)
+        return SpectralDensity.of_quadratures(trials, width, self.size)
 
-    def _eigenvalues(self, count, order, tolerance, max_products, floor) -> np.ndarray:
-        """Return the eigenvalues of each trial, an array `[T, count]`."""
-        validation.positive(tolerance=tolerance)
-        validation.integer(minimum=count, max_products=max_products)
-        accuracy = tolerance, max_products, floor
-
-        def eigenvalues(hessian):
-            return top_eigenvalues(hessian.product, hessian.direction(), count, order, *accuracy)
-
-        trials = self._measured(eigenvalues, max_products)
-        worst = max((error for _, error in trials if error > tolerance), default=None)
-        if worst:
-            warn(
-                f"The eigenvalues have not converged: they may be wrong by {worst:.1g} of their "
-                f"size. Received: tolerance={tolerance}, max_products={max_products}. Raise one of "
-                "them."
-            )
-        return np.array([values for values, _ in trials])
+    def _eigenvalues(self, search: EigenvalueSearch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the eigenvalues of each trial, `[T, count]`, and a list of their vectors."""
+        values, errors, vectors = zip(*self._measured(search, search.max_products))
+        search.warn_of_errors(errors)
+        return np.array(values), list(vectors)
 
     def _measured(self, measure: Callable[[HessianProducts], Any], num_products: int) -> list:
         """Return what a measure gives for each trial, or for all of the data, with warnings.
@@ -237,13 +245,3 @@ class Hessian:
     def _loss(self) -> LossFunction:
         # Made for each measure: the model may have been compiled again since the last one.
         return LossFunction(self.model, *self._given)
-
-
-def _from_both_ends(values: np.ndarray) -> np.ndarray:
-    """Return the indices of ascending eigenvalues: the last, the first, the last but one, ..."""
-    from_below = np.arange(len(values))
-    return np.stack([from_below[::-1], from_below], axis=1).ravel()[: len(values)]
-
-
-def _by_size(values: np.ndarray) -> np.ndarray:
-    return np.argsort(-np.abs(values))

@@ -56,13 +56,24 @@ class HessianProducts:
             self._progress.add(len(some))
         return np.concatenate(found)
 
-    def direction(self) -> np.ndarray:
-        """Return a random vector of any direction.
+    def gradient(self) -> np.ndarray:
+        """Return the gradient of the loss, an array `[W]`."""
+        _, gradient = self._loss.gradient(self._data, self._at)
+        self._progress.add(1)
+        return gradient
+
+    def direction(self, near: np.ndarray | None = None) -> np.ndarray:
+        """Return a random vector of any direction, or half of which is the sum of others.
 
         A vector of signs would be orthogonal to too much: to all differences of two equal
         features, one time in two.
         """
-        return self._generator.standard_normal(self.size, self._loss.dtype)
+        drawn = self._generator.standard_normal(self.size, self._loss.dtype)
+        if near is None:
+            return drawn
+        # Without the random half nothing would be seen of an eigenvalue that has overtaken others.
+        near = np.sum(near, axis=0, dtype=self._loss.dtype)
+        return near / (np.linalg.norm(near) or 1.0) + drawn / np.linalg.norm(drawn)
 
     def probes(self, count: int) -> Iterator[np.ndarray]:
         """Yield random vectors of entries -1 and 1, in arrays `[k, W]` of `count` rows in all."""

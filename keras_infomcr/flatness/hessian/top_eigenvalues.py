@@ -16,6 +16,7 @@ def hessian_top_eigenvalues(
     num_eigenvalues: int = 10,
     tolerance: float = 0.01,
     max_products: int = 200,
+    vectors: bool = False,
     num_examples: int | None = None,
     num_trials: int = 10,
     chunk_size: int = 128,
@@ -42,6 +43,9 @@ def hessian_top_eigenvalues(
             (Lanczos iterations may, rarely, miss one between them.) Defaults to 0.01.
         max_products: Integer, at least `num_eigenvalues`; as for
             `hessian_spectral_radius`. Defaults to 200.
+        vectors: Boolean, whether to return the eigenvectors too, which needs `num_examples=None` or
+            `num_trials=1`. They are less exact than the eigenvalues: where two eigenvalues differ
+            by less than the tolerance, their eigenvectors may be mixed. Defaults to `False`.
         num_examples: As for `hessian_trace`.
         num_trials: As for `hessian_trace`.
         chunk_size: As for `hessian_trace`.
@@ -76,5 +80,8 @@ def hessian_top_eigenvalues(
         verbose=verbose,
     )
     return hessian.top_eigenvalues(
-        num_eigenvalues=num_eigenvalues, tolerance=tolerance, max_products=max_products
+        num_eigenvalues=num_eigenvalues,
+        tolerance=tolerance,
+        max_products=max_products,
+        vectors=vectors,
     )

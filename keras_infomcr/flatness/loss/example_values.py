@@ -7,7 +7,6 @@ their size where p_c rounds to 1 and grad l to 0.
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -149,7 +148,7 @@ class CategoricalLogOdds:
         return flat.astype("int32")
 
     def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
-        logits = self._logits(outputs, logits, ops.log)
+        logits = self.class_logits(outputs, logits)
         if self.scale is not None:
             logits = normalize_logits(logits, self.scale)
         true = ops.equal(ops.arange(logits.shape[-1]), ops.expand_dims(y, -1))
@@ -166,14 +165,17 @@ class CategoricalLogOdds:
         """Return the mean loss of examples and the loss of a uniform guess."""
         return -np.mean(self.log_loss_factors(-values)) / 2, math.log(self.num_classes)
 
-    def _logits(self, outputs: Any, logits: Logits, inverse: Callable) -> Any:
+    def class_logits(self, outputs: Any, logits: Logits) -> Any:
         """Return the logits of the outputs, by the inverse of the activation if need be."""
         known = _only(outputs)
         if not self.from_logits:
             known = logits.of(known, self.kind)
         if known is not None:
             return ops.cast(known, backend.widest_float())
-        return inverse(ops.cast(_only(outputs), backend.widest_float()))
+        return self._inverse(ops.cast(_only(outputs), backend.widest_float()))
+
+    def _inverse(self, probabilities: Any) -> Any:
+        return ops.log(probabilities)
 
 
 class BinaryLogOdds(CategoricalLogOdds):
@@ -202,8 +204,11 @@ class BinaryLogOdds(CategoricalLogOdds):
         return np.where(y.reshape(-1) >= 0.5, 1.0, -1.0)
 
     def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
-        logits = self._logits(outputs, logits, lambda p: ops.log(p) - ops.log1p(-p))
+        logits = self.class_logits(outputs, logits)
         return ops.reshape(logits, (-1,)) * ops.cast(y, logits.dtype)
+
+    def _inverse(self, probabilities: Any) -> Any:
+        return ops.log(probabilities) - ops.log1p(-probabilities)
 
 
 class ExampleLoss:

@@ -46,7 +46,7 @@ def local_energy(
     sigma: float | Sequence[float] = 0.1,
     num_samples: int = 20,
     kind: str = "multiplicative",
-    reestimate_statistics: bool = False,
+    reestimate: bool = False,
     num_examples: int | None = None,
     chunk_size: int = 128,
     loss: Any = None,
@@ -75,9 +75,9 @@ def local_energy(
             sigma. The standard error falls as its square root. Defaults to 20.
         kind: `"multiplicative"`, as above, or `"additive"`: E(w + sigma z). Defaults to
             `"multiplicative"`.
-        reestimate_statistics: Boolean, whether batch normalisation gets, for the disturbed weights
-            and for w, the statistics that all the data together give it: another pass for each.
-            Defaults to `False`.
+        reestimate: Boolean, whether batch normalisation gets, for the disturbed weights and for w,
+            the statistics that all the data together give it: another pass for each. Defaults to
+            `False`.
         num_examples: Integer, at least 1: so many examples are drawn; if the data come in
             batches, the first are read. Or `None`: all examples are measured. Defaults to `None`.
         chunk_size: Integer, at least 1: examples that go through the model together. Defaults
@@ -87,7 +87,7 @@ def local_energy(
         verbose: 0 or 1. With 1, a progress bar counts the passes over the data. Defaults to 0.
 
     Returns:
-        A `LocalEnergy`.
+        A `LocalEnergy`, which `keras_infomcr.flatness.plot.local_energy` draws.
 
     Raises:
         TypeError: As `hessian_trace`.
@@ -108,7 +108,7 @@ def local_energy(
     sigmas = grid.astype("float64")
     validation.integer(minimum=1, num_samples=num_samples)
     validation.one_of("multiplicative", "additive", kind=kind)
-    validation.boolean(reestimate_statistics=reestimate_statistics)
+    validation.boolean(reestimate=reestimate)
     check_sampling(num_examples, 1, chunk_size, seed, verbose)
     function = LossAndError(model, loss)
     (data,) = trial_batches(x, y, num_examples, 1, chunk_size, seed)
@@ -117,7 +117,7 @@ def local_energy(
     scale = weights if kind == "multiplicative" else 1
 
     def energies(at):
-        there = reestimated_state(function, data, at, state) if reestimate_statistics else state
+        there = reestimated_state(function, data, at, state) if reestimate else state
         progress.add(1)
         return function.loss_and_error(data, at, there)
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_infomcr import backend
+from keras_infomcr.flatness.layers_of_weights import LayersOfWeights, layer_of
 from keras_infomcr.flatness.loss.logits import predict_with_logits
 from keras_infomcr.flatness.per_example.taps import Taps
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
@@ -52,15 +53,11 @@ class TrialGrams:
         self._chunk_size = settings.examples_together
         self._objective = Objective(model)
         self._weights = model.trainable_variables
-        self._owners = [_owner(v) for v in self._weights]
-        self.layers = tuple(dict.fromkeys(self._owners))
-        sizes = [math.prod(v.shape) for v in self._weights]
-        self.num_weights = tuple(
-            sum(size for size, owner in zip(sizes, self._owners) if owner == layer)
-            for layer in self.layers
-        )
+        self._owners = [layer_of(v) for v in self._weights]
+        owners = LayersOfWeights(self._weights)
+        self.layers, self.num_weights = owners.layers, owners.num_weights
         tapped = [id(v) for layer in taps.layers for v in taps.weights(layer)]
-        self._tapped_owners = [_owner(taps.weights(layer)[0]) for layer in taps.layers]
+        self._tapped_owners = [layer_of(taps.weights(layer)[0]) for layer in taps.layers]
         self.epsilon = max((float(np.finfo(x.variable_dtype).eps) for x in taps.layers), default=0)
         # Replicas trace in threads, and while one does a layer's `call` is not the layer's own.
         self._lock = threading.Lock()
@@ -68,7 +65,8 @@ class TrialGrams:
         raw = self._values_as_they_are
         self._raw_values = raw if model.run_eagerly else backend.compiled(raw)
         rest = [k for k, v in enumerate(self._weights) if id(v) not in tapped]
-        groups = _grouped([sizes[k] for k in rest], _ROW_BYTES // (4 * settings.num_examples))
+        sizes = [math.prod(self._weights[k].shape) for k in rest]
+        groups = _grouped(sizes, _ROW_BYTES // (4 * settings.num_examples))
         groups = [[rest[i] for i in group] for group in groups]
         self._jacobians = [(group, self._jacobian(group)) for group in groups]
 
@@ -162,11 +160,6 @@ class TrialGrams:
 
         rows_of = backend.jacobian if self._training else backend.gradients_by_example
         return rows_of(values, compiled=not self._model.run_eagerly)
-
-
-def _owner(variable: keras.Variable) -> str:
-    """Return the path of the layer of a variable."""
-    return variable.path.rpartition("/")[0]
 
 
 def _grouped(sizes: list[int], limit: int) -> list[range]:
