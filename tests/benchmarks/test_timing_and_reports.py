@@ -68,6 +68,7 @@ def test_tables_of_all_reports_go_between_the_markers(tmp_path):
     [
         ("step_cost", "step_cost.md"),
         ("sam", "step_cost.md"),
+        ("loss_surface", "flatness.md"),
         ("gamma_hat", "gamma_hat.md"),
         ("scaling", "distributed.md"),
         ("flatness", "flatness.md"),
