@@ -31,13 +31,13 @@ class SharpnessCallback(MeasuringCallback):
     gradient descent typically sharpens until the first eigenvalue reaches the threshold, and then
     hovers about it, at the edge of stability. With batches it stays below.
 
-    Each search starts near the eigenvectors found last. For one eigenvalue that took 3 to 4
-    products with the Hessian in place of 11, for two 7 in place of 12. An eigenvalue that
+    Each search starts near the eigenvectors found last. On a perceptron that took 3 products with
+    the Hessian in place of 12 for one eigenvalue, and 8 in place of 13 for two. An eigenvalue that
     overtakes all those that are sought may go unnoticed for a while, hence two are sought by
-    default: where one rose past others in 40 measurements, the largest was missed in a tenth of
-    them by a search for one, and in a hundredth by a search for two. The traces of the layers
-    take products of their own, because those of the search are not with independent random
-    vectors; but the eigenvectors found lower their standard errors.
+    default: there a search for one missed the largest in a quarter of the measurements, and a
+    search for two in none (`benchmarks/sharpness.py`). The traces of the layers take products of
+    their own, because those of the search are not with independent random vectors; but the
+    eigenvectors found lower their standard errors.
 
     Put it before the callbacks that read the logs. It works with any `keras.Model`, and leaves the
     model, its optimizer and all seeds as they are.

@@ -20,8 +20,8 @@ def shares(batch: Batch, count: int) -> list[tuple[Any, Batch]]:
 
     Returns:
         List of `count` pairs: the size of a share as a fraction of the batch, a float or a scalar
-        array, and the share. Of a batch of fewer examples the surplus shares repeat one, and their
-        fraction is 0.
+        array, and the share. Where a batch has fewer examples the surplus shares repeat one, and
+        their fraction is 0.
     """
     if count == 1:
         return [(1.0, batch)]

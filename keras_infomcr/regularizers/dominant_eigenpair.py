@@ -26,7 +26,7 @@ def dominant_eigenpair(
 ) -> Eigenpair:
     """Find the eigenvalue of largest size by Lanczos iteration.
 
-    Of what is spanned by v, A v, A^2 v, ... it takes the best vector (Rayleigh-Ritz). Power
+    It takes the best vector in the span of v, A v, A^2 v and so on (Rayleigh-Ritz). Power
     iteration takes the last one, which is further off after the same products and never converges
     if there are eigenvalues of the same size and opposite signs.
 
