@@ -24,6 +24,11 @@ def pytest_collection():
         import jax
 
         jax.config.update("jax_num_cpu_devices", 4)
+    if BACKEND == "torch":
+        import torch
+
+        # With more the threads of two processes wait for each other.
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
