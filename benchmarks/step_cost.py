@@ -131,20 +131,31 @@ def measure(name, batch_size, count, jit, rounds, at_least, kinds=None):
         first[label], of_programs[label] = first_call(steps[label])
         steps[label]()  # the second call may still compile something
     times = in_turn(steps, rounds, at_least)
+    peaks = {label: peak_memory(step, of_programs[label]) for label, step in steps.items()}
+    return rows_of((name, batch_size, count), times, first, peaks)
+
+
+def rows_of(case, times, first, peaks):
+    """Return the rows of steps that were timed in turn, a plain one among them.
+
+    Args:
+        case: Tuple of the network's name, the batch size and M.
+        times: Dictionary of the lists of seconds of each step, from `in_turn`.
+        first: Dictionary of the seconds of each first call.
+        peaks: Dictionary of MiB, or `None`.
+    """
     seconds, ratios = median_seconds(times), median_ratios(times, "plain")
     return [
         {
-            "network": name,
-            "batch size": batch_size,
-            "M": count,
+            **dict(zip(("network", "batch size", "M"), case)),
             "step": label,
             "seconds": seconds[label],
             "ratio": ratios[label],
             "first call": first[label],
             "first call ratio": first[label] / first["plain"],
-            "peak MiB": peak_memory(step, of_programs[label]),
+            "peak MiB": peaks[label],
         }
-        for label, step in steps.items()
+        for label in times
     ]
 
 
