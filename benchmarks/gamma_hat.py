@@ -8,10 +8,9 @@ of the paper's Eq. 5: the Jacobian of the losses in chunks of 10, and its singul
     python benchmarks/gamma_hat.py --networks wrn-28-2 --num-examples 100
 
 prints the table and adds it, as JSON and as a figure of the networks measured at several N', to
-those in benchmarks/results/ that were measured with the same versions on the same kind of machine;
-`--docs FILE` puts the tables of all JSON files there between the markers of a Markdown file,
-without measuring. KERAS_BACKEND chooses the backend. On TensorFlow, `--replicas 2` compares trials
-on two logical CPU devices with one.
+those in benchmarks/results/ that were measured with the same versions on the same kind of machine,
+from which `performance.py` makes the tables of docs/performance.md. KERAS_BACKEND chooses the
+backend. On TensorFlow, `--replicas 2` compares trials on two logical CPU devices with one.
 """
 
 import functools
@@ -222,7 +221,7 @@ def plot(report, path):
 
 def parse():
     """Return the settings from the command line."""
-    parser = reports.parser(__doc__)
+    parser = reports.parser(__doc__, docs=False)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2", "densenet-bc-100-12"]
     help = "networks to measure (%(default)s)"
@@ -245,9 +244,6 @@ def parse():
 def main():
     """Measure, print and save."""
     settings = parse()
-    if settings.docs:
-        reports.write_docs(settings.output, "gamma_hat", table, settings.docs)
-        return
     set_precision("float32")
     if settings.replicas:
         for case in itertools.product(settings.networks, settings.num_examples):

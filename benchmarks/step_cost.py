@@ -10,9 +10,8 @@ with a second model and assigned weights.
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
 
 prints the tables and adds them, as JSON and as a figure, to those in benchmarks/results/ that were
-measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
-JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
-the backend.
+measured with the same versions on the same kind of machine, from which `performance.py` makes the
+tables of docs/performance.md. KERAS_BACKEND chooses the backend.
 """
 
 import functools
@@ -225,7 +224,7 @@ def plot(report, path):
 
 def parse():
     """Return the settings from the command line."""
-    parser = reports.parser(__doc__)
+    parser = reports.parser(__doc__, docs=False)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2"]
     help = "networks to measure (%(default)s)"
@@ -258,9 +257,6 @@ def parse():
 def main():
     """Measure, print and save."""
     settings = parse()
-    if settings.docs:
-        reports.write_docs(settings.output, "step_cost", table, settings.docs)
-        return
     set_precision(settings.precision)
     # TensorFlow warns of many traces, but each model needs one.
     logging.getLogger("tensorflow").setLevel("ERROR")
