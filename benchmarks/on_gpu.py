@@ -32,7 +32,7 @@ SHARES = {
     "steps, float32": 50,
     "gamma-hat": 15,
     "agreement with the CPU": 10,
-    "side by side": 10,
+    "side by side": 25,
     "paired differences": 5,
     "steps, bfloat16": 12,
     "steps, tf32": 8,
@@ -54,11 +54,10 @@ def commands(output, quick):
     side_by_side = FOLDER / "slices_side_by_side.py"
     tests = ["-m", "pytest", "-q", "-n", "0" if quick else "8", "--tb=line", "-p", "no:benchmark"]
     tests += ["-W", "ignore::DeprecationWarning"]
-    network = "mlp" if quick else "resnet-20"
     found = {"tests": [*tests, *(["tests/core/test_trace.py"] if quick else TESTS)]}
     if side_by_side.exists():
-        options = ["--networks", network, "--output", str(output)]
-        found["side by side"] = [str(side_by_side), *options]
+        options = ["--quick"] if quick else ["--networks", "resnet-20", "--batch-size", "512"]
+        found["side by side"] = [str(side_by_side), *options, "--output", str(output)]
     return found
 
 

@@ -15,7 +15,6 @@ import step_cost
 from machine import BACKEND, peak_memory, set_precision
 from timing import in_turn, seconds_of
 
-NUM_SUB_BATCHES = 8
 KINDS = [
     "plain",
     "sub_batches",
@@ -57,30 +56,33 @@ def measure(name, output, quick, deadline):
 def steps(precision, output, quick, deadline):
     """Time kinds of steps beside plain ones, in an order that brings the targets' rows first."""
     set_precision(precision)
-    networks, sizes = (["mlp"], [32]) if quick else (["resnet-20", "vit", "wrn-28-2"], [512, 128])
+    networks, sizes, count = ["resnet-20", "vit", "wrn-28-2"], [512, 128], 8
+    kinds = KINDS
+    if quick:
+        networks, sizes, count, kinds = ["mlp"], [32], 4, KINDS[:3]
     report, path = reports.load(output, "step_cost", precision)
     for batch_size, network in itertools.product(sizes, networks):
         if time.monotonic() > deadline:
             return
-        for rows in rows_of_steps(network, batch_size, quick):
+        for rows in rows_of_steps((network, batch_size, count), kinds, quick):
             print(step_cost.table(report | {"rows": rows}), flush=True)
             report["rows"] = step_cost.merged(report["rows"], rows)
             reports.save(report, path)
         keras.utils.clear_session()
 
 
-def rows_of_steps(network, batch_size, quick):
+def rows_of_steps(case, kinds, quick):
     """Yield the rows of each kind of step and of the plain step beside it, as soon as they exist.
 
     On JAX all kinds are compiled side by side: some take a minute, and the machine has many cores.
     """
     options = {"jit_compile": BACKEND == "jax", "metrics": ["accuracy"]}
-    kinds = ["plain", "sub_batches", "SAM"] if quick else KINDS
+    network, batch_size, count = case
     data = models.random_data(models.make(network), batch_size)
-    made = dict(step_cost.make_models(network, NUM_SUB_BATCHES, kinds, **options))
+    made = dict(step_cost.make_models(network, count, kinds, **options))
     calls = {k: functools.partial(made[k].train_on_batch, *data) for k in kinds}
     first = {"plain": seconds_of(calls["plain"])}
-    time_kind = functools.partial(_time_kind, (network, batch_size), calls, first, quick)
+    time_kind = functools.partial(_time_kind, case, calls, first, quick)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         pending = {pool.submit(seconds_of, calls[kind]): kind for kind in kinds[1:]}
         while pending:
@@ -92,7 +94,7 @@ def rows_of_steps(network, batch_size, quick):
                     first[kind] = future.result()
                     yield time_kind(kind)
                 except Exception:
-                    print(f"{network}, batch {batch_size}, {kind} failed:")
+                    print(f"{network}, batch {batch_size}, {kind} failed:", flush=True)
                     traceback.print_exc()
 
 
@@ -102,7 +104,7 @@ def _time_kind(case, calls, first, quick, kind):
         call()  # the second call may still compile something
     times = in_turn(pair, 2 if quick else 3, at_least=0.0 if quick else 1.0)
     peaks = {label: peak_memory(call) for label, call in pair.items()}
-    return step_cost.rows_of((*case, NUM_SUB_BATCHES), times, first, peaks)
+    return step_cost.rows_of(case, times, first, peaks)
 
 
 def gamma_hats(output, quick, deadline):
