@@ -1,4 +1,4 @@
-"""Measure on one GPU, on JAX and then on torch, whatever fits into eight minutes.
+"""Measure on one GPU, on JAX and then on torch, what fits into eight minutes.
 
     python benchmarks/on_gpu.py --output FOLDER
 
@@ -7,7 +7,8 @@ whether the numbers agree with the CPU's, sub-batches side by side, what TensorF
 in paired differences, steps in bfloat16 and TensorFloat-32, Lanczos iterations, and some tests.
 Each row is written into the JSON reports of FOLDER as soon as it is measured. A part that fails, or
 outlasts its share of the time, is stopped, and the next one begins. At the end a table says what
-became of each part. `--backends` and `--parts` run some of them alone, into the same reports:
+became of each part, and the tables of `performance.py` follow. `--backends` and `--parts` run some
+parts alone, into the same reports:
 
     python benchmarks/on_gpu.py --output FOLDER --backends jax --parts "steps, bfloat16" Lanczos
 
@@ -156,7 +157,7 @@ def parse():
     add = parser.add_argument
     add("--output", type=pathlib.Path, required=True, help="folder of the reports")
     help = "seconds that all parts may take together (%(default)s)"
-    add("--seconds", type=float, default=480, help=help)
+    add("--seconds", type=float, default=450, help=help)
     backends = list(SHARE_OF_BACKEND)
     add("--backends", nargs="+", choices=backends, default=backends, help="(%(default)s)")
     add("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="(%(default)s)")
@@ -181,7 +182,9 @@ def main():
         for row in run_backend(backend, settings.parts, deadline, settings):
             rows.append(row)
             (settings.output / "on_gpu_parts.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(table(rows), flush=True)
+    figures = [sys.executable, str(FOLDER / "performance.py"), "--results", str(settings.output)]
+    subprocess.run([*figures, "--print"], env={**os.environ, "KERAS_BACKEND": backend})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the tables between the markers of the document. Nothing is measured.
 import argparse
 import json
 import pathlib
+from operator import itemgetter
 
 import report as reports
 
@@ -73,11 +74,6 @@ def by_step(key):
     return *case, ORDER.index(step)
 
 
-def by_kind(key):
-    """Return where a key `(network, backend, kind)` stands in a table."""
-    return *key[:2], ["plain", "gamma-hat", "literal"].index(key[2])
-
-
 def plain_or_ratio(row):
     """Return the seconds of a plain step, and of any other how many plain steps it takes."""
     return f"{row['seconds']:.3f} s" if row["step"] == "plain" else f"{row['ratio']:.2f}"
@@ -96,24 +92,23 @@ def is_usual(row):
 def step_times(folder):
     """Return the table of step times."""
     found = load(folder, "step_cost", "cpu")
-    columns = reports.pick(found, lambda r: (r["network"], r["step"]), plain_or_ratio, is_usual)
+    columns = reports.pick(found, itemgetter("network", "step"), plain_or_ratio, is_usual)
     head = ["network", "step", "arithmetic"]
     table = reports.grid(head, columns, lambda key: [limit(ARITHMETIC[key[1]])], by_step)
     return versions(found) + table
 
 
-def first_calls_and_memory(folder):
+def first_calls_and_memory(folder, kind="cpu", is_shown=is_usual):
     """Return the table of first calls, relative to a plain one, and of peak memory."""
-    found = load(folder, "step_cost", "cpu")
     columns = {}
-    for label, report in found.items():
-        rows = [r for r in report["rows"] if is_usual(r) and r["step"] in CHIEF]
+    for label, report in load(folder, "step_cost", kind).items():
+        rows = [r for r in report["rows"] if is_shown(r) and r["step"] in CHIEF]
         if rows:
-            keys = [(r["network"], r["step"]) for r in rows]
+            keys = [(r["network"], r["batch size"], r["step"]) for r in rows]
             calls = [f"{r['first call ratio']:.1f}" for r in rows]
             columns[f"first call, {label}"] = dict(zip(keys, calls))
             columns[f"peak MiB, {label}"] = dict(zip(keys, map(peak, rows)))
-    return reports.grid(["network", "step"], columns, order=by_step)
+    return reports.grid(["network", "batch", "step"], columns, order=by_step)
 
 
 def peak(row):
@@ -149,7 +144,7 @@ def passes(found, kind):
     """Return the columns of plain passes that gamma-hat or its literal form takes."""
     return reports.pick(
         found,
-        lambda r: (r["network"], r["weights"], r["examples"]),
+        itemgetter("network", "weights", "examples"),
         "{ratio:.2f}".format_map,
         lambda r: r["kind"] == kind,
     )
@@ -165,7 +160,7 @@ def gamma_hat_details(folder):
                 cells = f"{r['seconds']:.3f}", f"{r['first call']:.1f}", peak(r), value
                 for cells_of, cell in zip(columns.values(), cells):
                     cells_of[r["network"], label, r["kind"]] = cell
-    return reports.grid(["network", "backend", ""], columns, order=by_kind)
+    return reports.grid(["network", "backend", ""], columns)
 
 
 def several_devices(folder):
@@ -185,7 +180,7 @@ def gpu_steps(folder):
     found = load(folder, "step_cost", "gpu")
     columns = reports.pick(
         found,
-        lambda r: (r["network"], r["batch size"], r["step"]),
+        itemgetter("network", "batch size", "step"),
         plain_or_ratio,
         lambda r: r["M"] == NUM_SUB_BATCHES,
     )
@@ -198,6 +193,11 @@ def gpu_steps(folder):
     return versions(found) + reports.grid(head, columns, limits, by_step)
 
 
+def gpu_first_calls(folder):
+    """Return the same table of first calls on GPUs."""
+    return first_calls_and_memory(folder, "gpu", lambda r: r["M"] == NUM_SUB_BATCHES)
+
+
 def gpu_gamma_hat(folder):
     """Return the table of gamma-hat on GPUs, in plain passes."""
     columns = passes(load(folder, "gamma_hat", "gpu"), "gamma-hat")
@@ -208,9 +208,7 @@ def gpu_gamma_hat(folder):
 def gpu_numbers(folder):
     """Return the table of what else `on_gpu.py` measures."""
     found = load(folder, "on_gpu", "gpu")
-    columns = reports.pick(
-        found, lambda r: (r["part"], r["what"], r["unit"]), "{value:.3g}".format_map
-    )
+    columns = reports.pick(found, itemgetter("part", "what", "unit"), "{value:.3g}".format_map)
     return reports.grid(["", "", ""], columns) if columns else "No such report is at hand yet.\n"
 
 
@@ -222,6 +220,7 @@ TABLES = {
     "gamma-hat in detail": gamma_hat_details,
     "several devices": several_devices,
     "steps on GPUs": gpu_steps,
+    "first calls on GPUs": gpu_first_calls,
     "gamma-hat on GPUs": gpu_gamma_hat,
     "numbers on GPUs": gpu_numbers,
 }
@@ -236,12 +235,16 @@ def write(folder, path):
 def main():
     """Write the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
     help = "folder of the JSON reports (%(default)s)"
-    parser.add_argument("--results", type=pathlib.Path, default=reports.RESULTS, help=help)
-    help = "Markdown file with the markers (%(default)s)"
-    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help=help)
+    add("--results", type=pathlib.Path, default=reports.RESULTS, help=help)
+    add("--print", action="store_true", help="print the tables instead")
     settings = parser.parse_args()
-    write(settings.results, settings.docs)
+    if not settings.print:
+        write(settings.results, DOCS)
+        return
+    for name, table in TABLES.items():
+        print(f"{name}:\n\n{table(settings.results)}")
 
 
 if __name__ == "__main__":
