@@ -76,8 +76,11 @@ def first_call(function):
     before = client.live_executables()  # held, so that no other gets their places
     seconds = seconds_of(function)
     programs = set(client.live_executables()) - set(before)
-    bytes_of = [p.get_compiled_memory_stats().temp_size_in_bytes for p in programs]
-    return seconds, max(bytes_of, default=0) / 2**20
+    try:
+        found = [p.get_compiled_memory_stats().temp_size_in_bytes for p in programs]
+    except RuntimeError:  # a device whose compiler does not tell
+        return seconds, None
+    return seconds, max(found, default=0) / 2**20
 
 
 def peak_memory(function, of_programs=None):
