@@ -38,22 +38,15 @@ ARITHMETIC = {
     "Entropy-SGD": 1,
     "3 replicas": 1,
 }
-ORDER = list(ARITHMETIC)
 CHIEF = ["plain", "sub_batches", "sub_batches, Hessian-vector product", "full_batch", "SAM"]
-# What a GPU is to reach with batches of 512, and gamma-hat on either kind of device.
+# What a GPU is to reach with batches of 512, and what gamma-hat is to reach.
 GPU_TARGETS = {"sub_batches": 2.1, "sub_batches, M/2 perturbed": 1.6, "SAM": 2.05}
 GAMMA_TARGETS = {"TensorFlow": 2.2, "JAX": 2.2, "torch": 2.5}
-GAMMA_TARGET_OF_GPU = "2"
+GPU_GAMMA_TARGET = "2"
 
 
 def load(folder, name, kind):
-    """Return the reports of a benchmark on a kind of device, by backend and settings.
-
-    Args:
-        folder: Path of the folder of the reports.
-        name: String, the benchmark.
-        kind: String, `"cpu"` or `"gpu"`.
-    """
+    """Return the reports of a benchmark on `"cpu"` or `"gpu"`, by backend and settings."""
     found = {}
     for backend, title in BACKENDS.items():
         for path in sorted(folder.glob(f"{name}_{backend}_{kind}*.json")):
@@ -71,7 +64,7 @@ def versions(found):
 def by_step(key):
     """Return where a key `(network, ..., step)` stands in a table."""
     *case, step = key
-    return *case, ORDER.index(step)
+    return *case, list(ARITHMETIC).index(step)
 
 
 def plain_or_ratio(row):
@@ -105,7 +98,7 @@ def first_calls_and_memory(folder, kind="cpu", is_shown=is_usual):
         rows = [r for r in report["rows"] if is_shown(r) and r["step"] in CHIEF]
         if rows:
             keys = [(r["network"], r["batch size"], r["step"]) for r in rows]
-            calls = [f"{r['first call ratio']:.1f}" for r in rows]
+            calls = (f"{r['first call ratio']:.1f}" for r in rows)
             columns[f"first call, {label}"] = dict(zip(keys, calls))
             columns[f"peak MiB, {label}"] = dict(zip(keys, map(peak, rows)))
     return reports.grid(["network", "batch", "step"], columns, order=by_step)
@@ -118,7 +111,8 @@ def peak(row):
 
 def other_sizes(folder):
     """Return the table of other batch sizes and numbers of sub-batches: a column a kind of step."""
-    columns = {step: {("arithmetic", "", 0, 0): limit(ARITHMETIC[step])} for step in ORDER[2:10]}
+    limits = list(ARITHMETIC.items())[2:10]
+    columns = {step: {("arithmetic", "", 0, 0): limit(value)} for step, value in limits}
     for label, report in load(folder, "step_cost", "cpu").items():
         for r in report["rows"]:
             if r["step"] in columns and not is_usual(r):
@@ -201,8 +195,9 @@ def gpu_first_calls(folder):
 def gpu_gamma_hat(folder):
     """Return the table of gamma-hat on GPUs, in plain passes."""
     columns = passes(load(folder, "gamma_hat", "gpu"), "gamma-hat")
-    head = ["network", "weights", "N'", "target"]
-    return reports.grid(head, columns, lambda key: [GAMMA_TARGET_OF_GPU])
+    return reports.grid(
+        ["network", "weights", "N'", "target"], columns, lambda key: [GPU_GAMMA_TARGET]
+    )
 
 
 def gpu_numbers(folder):
@@ -236,8 +231,7 @@ def main():
     """Write the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    help = "folder of the JSON reports (%(default)s)"
-    add("--results", type=pathlib.Path, default=reports.RESULTS, help=help)
+    add("--results", type=pathlib.Path, default=reports.RESULTS, help="folder of the JSON reports")
     add("--print", action="store_true", help="print the tables instead")
     settings = parser.parse_args()
     if not settings.print:
