@@ -8,10 +8,9 @@ of the paper's Eq. 5: the Jacobian of the losses in chunks of 10, and its singul
     python benchmarks/gamma_hat.py --networks wrn-28-2 --num-examples 100
 
 prints the table and adds it, as JSON and as a figure of the networks measured at several N', to
-those in benchmarks/results/ that were measured with the same versions on the same kind of machine;
-`--docs FILE` puts the tables of all JSON files there between the markers of a Markdown file,
-without measuring. KERAS_BACKEND chooses the backend. On TensorFlow, `--replicas 2` compares trials
-on two logical CPU devices with one.
+those in benchmarks/results/ that were measured with the same versions on the same kind of machine,
+from which `performance.py` makes the tables of docs/performance.md. KERAS_BACKEND chooses the
+backend. On TensorFlow, `--replicas 2` compares trials on two logical CPU devices with one.
 """
 
 import functools
@@ -22,7 +21,7 @@ import matplotlib
 import models
 import numpy as np
 import report as reports
-from machine import BACKEND, peak_memory, set_precision
+from machine import BACKEND, first_call, peak_memory, set_precision
 from timing import in_turn, median_ratios, median_seconds, seconds_of
 
 from keras_infomcr import backend
@@ -35,14 +34,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def make(name):
-    """Return a compiled model of initial weights, and random data.
+def make(name, count):
+    """Return a compiled model of initial weights, and random data: 200 examples, or `count`.
 
     The moving statistics of its batch normalisation are the data's, as after training: with the
     initial ones the activations of deep networks would grow from layer to layer.
     """
     model = models.make(name)
-    x, y = models.random_data(model, 200)
+    x, y = models.random_data(model, max(200, count))
     for layer in models.batch_norms(model):
         layer.momentum = 0.0
     model(x[:50], training=True)
@@ -111,7 +110,7 @@ class Literal:
 
 def measure(name, count, rounds, with_literal):
     """Return the rows of one network and N'."""
-    model, x, y = make(name)
+    model, x, y = make(name, count)
     x, y = x[:count], y[:count]
     values = {}
 
@@ -122,11 +121,11 @@ def measure(name, count, rounds, with_literal):
         "plain": functools.partial(keep, "plain", plain(model, x, y)),
         "gamma-hat": functools.partial(keep, "gamma-hat", ours(model, x, y)),
     }
-    first = {label: seconds_of(function) for label, function in functions.items()}
+    first = {label: first_call(function) for label, function in functions.items()}
     times = in_turn(functions, rounds)
     if with_literal:
         literal = Literal(model)
-        first["literal"] = seconds_of(lambda: literal(x[:10], y[:10]))
+        first["literal"] = first_call(lambda: literal(x[:10], y[:10]))
         functions["literal"] = lambda: keep("literal", lambda: literal(x, y))
         # It takes so long that one call must do.
         times["literal"] = [seconds_of(functions["literal"])]
@@ -141,8 +140,8 @@ def measure(name, count, rounds, with_literal):
             "kind": label,
             "seconds": seconds[label],
             "ratio": ratios[label],
-            "first call": first[label],
-            "peak MiB": peak_memory(function),
+            "first call": first[label][0],
+            "peak MiB": peak_memory(function, first[label][1]),
             "value": None if label == "plain" else values[label],
         }
         for label, function in functions.items()
@@ -157,8 +156,8 @@ def compare_replicas(name, count, num_devices, rounds):
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_devices)])
     with strategy.scope():
-        spread, x, y = make(name)
-    single, _, _ = make(name)
+        spread, x, y = make(name, count)
+    single, _, _ = make(name, count)
     settings = trial_settings(count, 2 * num_devices)
     estimators = [GammaHatEstimator(m, x, y, settings) for m in (single, spread)]
     values = [e.measure().sum(axis=1) for e in estimators]  # compiles both
@@ -222,12 +221,12 @@ def plot(report, path):
 
 def parse():
     """Return the settings from the command line."""
-    parser = reports.parser(__doc__)
+    parser = reports.parser(__doc__, docs=False)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2", "densenet-bc-100-12"]
     help = "networks to measure (%(default)s)"
     add("--networks", nargs="+", choices=models.NETWORKS, default=networks, help=help)
-    help = "numbers N' of examples in a trial, at most 200 (%(default)s)"
+    help = "numbers N' of examples in a trial (%(default)s)"
     add("--num-examples", type=int, nargs="+", default=[50, 100, 200], help=help)
     add("--rounds", type=int, default=7, help="timed calls of each function (%(default)s)")
     help = "leave out the literal transcription of Eq. 5, which takes long (TensorFlow only)"
@@ -245,9 +244,6 @@ def parse():
 def main():
     """Measure, print and save."""
     settings = parse()
-    if settings.docs:
-        reports.write_docs(settings.output, "gamma_hat", table, settings.docs)
-        return
     set_precision("float32")
     if settings.replicas:
         for case in itertools.product(settings.networks, settings.num_examples):

@@ -10,9 +10,8 @@ with a second model and assigned weights.
     python benchmarks/step_cost.py --networks resnet-20 mlp --batch-sizes 128 512
 
 prints the tables and adds them, as JSON and as a figure, to those in benchmarks/results/ that were
-measured with the same versions on the same kind of machine; `--docs FILE` puts the tables of all
-JSON files there between the markers of a Markdown file, without measuring. KERAS_BACKEND chooses
-the backend.
+measured with the same versions on the same kind of machine, from which `performance.py` makes the
+tables of docs/performance.md. KERAS_BACKEND chooses the backend.
 """
 
 import functools
@@ -22,9 +21,9 @@ import logging
 import keras
 import matplotlib
 import report as reports
-from machine import BACKEND, peak_memory, set_precision
+from machine import BACKEND, first_call, peak_memory, set_precision
 from models import NETWORKS, make, random_data
-from timing import in_turn, median_ratios, median_seconds, seconds_of
+from timing import in_turn, median_ratios, median_seconds
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.models import ReplicatedModel
@@ -119,32 +118,43 @@ def make_models(name, count, kinds=None, **compile_options):
         yield "literal", literal(name, count, **compile_options)
 
 
-def measure(name, batch_size, count, jit, rounds, kinds=None):
+def measure(name, batch_size, count, jit, rounds, at_least, kinds=None):
     """Return the rows of one table: dictionaries with the figures of each model."""
     compile_options = {"jit_compile": jit, "metrics": ["accuracy"]}
     model = make(name, **compile_options)
     x, y = random_data(model, batch_size)
     model.train_on_batch(x, y)  # so that no row contains what the framework does only once
-    steps, first = {}, {}
+    steps, first, of_programs = {}, {}, {}
     for label, model in make_models(name, count, kinds, **compile_options):
         steps[label] = functools.partial(model.train_on_batch, x, y)
-        first[label] = seconds_of(steps[label])
+        first[label], of_programs[label] = first_call(steps[label])
         steps[label]()  # the second call may still compile something
-    times = in_turn(steps, rounds, at_least=10)
+    times = in_turn(steps, rounds, at_least)
+    peaks = {label: peak_memory(step, of_programs[label]) for label, step in steps.items()}
+    return rows_of((name, batch_size, count), times, first, peaks)
+
+
+def rows_of(case, times, first, peaks):
+    """Return the rows of steps that were timed in turn, a plain one among them.
+
+    Args:
+        case: Tuple of the network's name, the batch size and M.
+        times: Dictionary of the lists of seconds of each step, from `in_turn`.
+        first: Dictionary of the seconds of each first call.
+        peaks: Dictionary of MiB, or `None`.
+    """
     seconds, ratios = median_seconds(times), median_ratios(times, "plain")
     return [
         {
-            "network": name,
-            "batch size": batch_size,
-            "M": count,
+            **dict(zip(("network", "batch size", "M"), case)),
             "step": label,
             "seconds": seconds[label],
             "ratio": ratios[label],
             "first call": first[label],
             "first call ratio": first[label] / first["plain"],
-            "peak MiB": peak_memory(step),
+            "peak MiB": peaks[label],
         }
-        for label, step in steps.items()
+        for label in times
     ]
 
 
@@ -214,7 +224,7 @@ def plot(report, path):
 
 def parse():
     """Return the settings from the command line."""
-    parser = reports.parser(__doc__)
+    parser = reports.parser(__doc__, docs=False)
     add = parser.add_argument
     networks = ["mlp", "resnet-20", "wrn-28-2"]
     help = "networks to measure (%(default)s)"
@@ -225,8 +235,14 @@ def parse():
     add("--num-sub-batches", type=int, nargs="+", default=[8, 16], help=help)
     help = "kinds of steps, by the names in the tables; `plain` must be one of them (all kinds)"
     add("--steps", nargs="+", help=help)
-    help = "least number of timed steps of each kind; ten seconds are filled anyway (%(default)s)"
-    add("--rounds", type=int, default=10, help=help)
+    add(
+        "--rounds",
+        type=int,
+        default=10,
+        help="least number of timed steps of each kind (%(default)s)",
+    )
+    help = "least number of seconds in which the steps of one table are timed (%(default)s)"
+    add("--seconds", type=float, default=10, help=help)
     add("--jit", action="store_true", help="compile the steps with XLA or torch.compile")
     help = "precision of matrix products and convolutions (%(default)s)"
     add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help=help)
@@ -241,9 +257,6 @@ def parse():
 def main():
     """Measure, print and save."""
     settings = parse()
-    if settings.docs:
-        reports.write_docs(settings.output, "step_cost", table, settings.docs)
-        return
     set_precision(settings.precision)
     # TensorFlow warns of many traces, but each model needs one.
     logging.getLogger("tensorflow").setLevel("ERROR")
@@ -252,7 +265,7 @@ def main():
     report, path = reports.load(settings.output, "step_cost", *precision_and_jit)
     cases = itertools.product(settings.networks, settings.batch_sizes, settings.num_sub_batches)
     for case in cases:
-        rows = measure(*case, jit, settings.rounds, settings.steps)
+        rows = measure(*case, jit, settings.rounds, settings.seconds, settings.steps)
         print(table(report | {"rows": rows}), flush=True)
         report["rows"] = merged(report["rows"], rows)
         reports.save(report, path)

@@ -66,10 +66,8 @@ def test_tables_of_all_reports_go_between_the_markers(tmp_path):
 @pytest.mark.parametrize(
     ("benchmark", "document"),
     [
-        ("step_cost", "step_cost.md"),
         ("sam", "step_cost.md"),
         ("loss_surface", "flatness.md"),
-        ("gamma_hat", "gamma_hat.md"),
         ("scaling", "distributed.md"),
         ("flatness", "flatness.md"),
     ],
