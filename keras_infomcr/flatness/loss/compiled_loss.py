@@ -5,6 +5,7 @@ logits, the second derivatives p_j (v_j - sum_k p_k v_k) cancel where a p_j is r
 logits z - max z they do not: there v_j is 0.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,17 +31,26 @@ def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):
     """Let Keras choose its loss functions by outputs, as it does in the first evaluation.
 
     It makes metrics too then, which must not be made while a framework traces.
-
-    Args:
-        model: What bears the loss, as `resolved_loss` returns it.
-        y: Structure of arrays `[B, ...]`, labels that fit the loss.
-        outputs: Structure of arrays `[B, ...]`.
     """
     known = compile_loss(model)
-    if _is_of_keras(model) and not known.built:
-        known(y, outputs)  # its `build` alone does not bring labels into the form of the outputs
-        for metric in known.metrics:
-            metric.reset_state()
+    if not _is_of_keras(model) or known.built:
+        return
+    if not keras.tree.is_nested(outputs):
+        known.build(y, outputs)
+        return
+    build = known.build
+
+    def build_and_stop(*of_one_form):
+        build(*of_one_form)
+        raise _Built
+
+    # An evaluation brings the labels into the form of the outputs first, which `build` does not.
+    with contextlib.suppress(_Built), replaced(known, "build", build_and_stop):
+        known(y, outputs)
+
+
+class _Built(Exception):
+    """Ends an evaluation of which nothing but its beginning was wanted."""
 
 
 def _is_of_keras(model: keras.Model) -> bool:
