@@ -44,7 +44,7 @@ def _make(
     outputs, logits = _predict(model, taps, x, 1)
     # Here already, for the labels of the first two examples are evaluated below.
     check_labels(loss_bearer, y, outputs)
-    first = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[:1]), y)
+    first = keras.tree.map_structure(lambda a: a[:1], y)
     build_compiled_loss(loss_bearer, first, outputs)
     normalization = settings.normalize_softmax, settings.softmax_scale
     values = example_values(loss_bearer, outputs, logits, *normalization)
@@ -88,7 +88,8 @@ def _couples_examples(
         )
         with keras.StatelessScope():
             found = values(inputs, of_examples, outputs, logits), *keras.tree.flatten(outputs)
-        return [keras.ops.convert_to_numpy(array)[0].astype("float64") for array in found]
+        arrays = map(keras.ops.convert_to_numpy, found)
+        return [np.atleast_1d(array)[0].astype("float64") for array in arrays]
 
     alone = of_first_example(1, *of_first)
     beside = of_first_example(2, *_predict(model, taps, x, 2))
