@@ -1,4 +1,4 @@
-"""The trace of a symmetric matrix known by its products with vectors, and its shares."""
+"""The trace of a symmetric matrix known by its products with vectors, its shares, and its norm."""
 
 import numpy as np
 
@@ -6,6 +6,18 @@ import numpy as np
 def inner_products(vectors, others):
     """Return the inner product of each row of an array `[k, W]` with that of another, `[k]`."""
     return np.einsum("kw,kw->k", vectors, others, dtype="float64")
+
+
+def squared_norms(vectors, images):
+    """Return the squared norm of each row of the second array `[k, W]`, an array `[k]`.
+
+    In place of inner products z^T A z it gives ||A z||^2 = z^T A^2 z, so that the estimators of the
+    trace estimate tr A^2 = ||A||_F^2 from the products with A alone. For `hutch_plus_plus`, because
+    Q^T Q = I and A = A^T,
+
+        ||A||_F^2 = 2 ||A Q||_F^2 - ||Q^T A Q||_F^2 + ||R A R||_F^2
+    """
+    return np.einsum("kw,kw->k", images, images, dtype="float64")
 
 
 def hutchinson(products, probes, dots=inner_products):
@@ -20,7 +32,7 @@ def hutchinson(products, probes, dots=inner_products):
         products: Function of an array `[k, W]` of vectors that returns A times each.
         probes: Iterable of arrays `[k, W]`, the z, of which one is kept at a time.
         dots: Function of two arrays `[k, W]` that returns the inner products of their rows, `[k]`,
-            or those of their blocks, `[k, L]`. Defaults to the former.
+            or those of their blocks, `[k, L]`; or `squared_norms`. Defaults to the first.
 
     Returns:
         Array of as many estimates as there are z, each unbiased: `[n]`, or `[n, L]` by blocks.

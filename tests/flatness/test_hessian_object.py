@@ -63,7 +63,7 @@ RESULTS = {"known", "starts"}
 METHODS = {
     "trace": {"num_products": 6, "method": "hutchinson"},
     "trace_by_layer": {"num_products": 6, "method": "hutchinson"},
-    "frobenius_norm": {"num_products": 3},
+    "frobenius_norm": {"num_products": 6},
     "spectral_radius": {"tolerance": 0.1, "max_products": 50},
     "top_eigenvalues": {"num_eigenvalues": 2, "tolerance": 0.1, "max_products": 50},
     "spectral_density": {"num_probes": 2, "num_steps": 4, "width": 0.1},

@@ -26,7 +26,7 @@ def measure(name, **settings):
 
 MEASURES = [
     measure("hessian_trace", num_products=6),
-    measure("hessian_frobenius_norm", num_products=2),
+    measure("hessian_frobenius_norm", num_products=6),
     measure("hessian_spectral_radius"),
     measure("hessian_top_eigenvalues", num_eigenvalues=2),
     measure("hessian_spectral_density", num_probes=1, num_steps=3),

@@ -23,7 +23,7 @@ MEASURES = {
     "fisher_frobenius_norm": TRIAL,
     "fisher_spectral_radius": TRIAL,
     "hessian_trace": {"num_products": 6},
-    "hessian_frobenius_norm": {"num_products": 2},
+    "hessian_frobenius_norm": {"num_products": 6},
     "hessian_spectral_radius": {},
     "hessian_top_eigenvalues": {"num_eigenvalues": 1},
     "hessian_spectral_density": {"num_probes": 1, "num_steps": 3},

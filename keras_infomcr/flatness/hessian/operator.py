@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.core.euclidean_norm import euclidean_norm
 from keras_infomcr.core.lanczos import tridiagonal
 from keras_infomcr.core.quadrature import quadrature
 from keras_infomcr.flatness.data.examples import trial_batches
@@ -157,15 +156,10 @@ class Hessian:
         samples = of_draws_or_trials(self._measured(estimates, num_products))
         return HessianTraceByLayer.of(weights, samples)
 
-    def frobenius_norm(self, *, num_products: int = 30) -> Estimate:
+    def frobenius_norm(self, *, num_products: int = 30, method: str = "hutch++") -> Estimate:
         """Estimate the Frobenius norm, as `hessian_frobenius_norm` does, which explains it."""
-        validation.integer(minimum=2, num_products=num_products)
-
-        def norms(hessian):
-            products = map(hessian.products, hessian.probes(num_products))
-            return np.array([euclidean_norm(p) for some in products for p in some])
-
-        return root_of_mean(self._measured(norms, num_products))
+        estimates = TraceEstimates(num_products, method)
+        return root_of_mean(self._measured(estimates.norms, num_products))
 
     def spectral_radius(
         self, *, tolerance: float = 0.01, max_products: int = 100

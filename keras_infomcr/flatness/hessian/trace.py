@@ -56,8 +56,8 @@ def hessian_trace(
             largest eigenvalues, exactly, and estimates the rest. Its standard error is the
             smaller one where a few eigenvalues are far larger than the others, as for most
             networks. It keeps `num_products / 3` vectors like the weights, and for a moment some
-            six times as many; `"hutchinson"` works with ten vectors at a time, as does
-            `hessian_frobenius_norm`. Defaults to `"hutch++"`.
+            six times as many; `"hutchinson"` works with ten vectors at a time. Defaults to
+            `"hutch++"`.
         num_examples: Integer, at least 1, N', the examples of a trial; or `None`: all of the
             data is measured, in batches. Defaults to `None`.
         num_trials: Integer, at least 1. T, the trials averaged, if `num_examples` is given.

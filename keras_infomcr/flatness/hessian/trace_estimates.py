@@ -1,4 +1,4 @@
-"""How the trace of a Hessian is estimated, as a whole or by layer."""
+"""How the trace of a Hessian is estimated, as a whole or by layer, and its Frobenius norm."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_infomcr import validation
-from keras_infomcr.core.trace import hutch_plus_plus, hutchinson, inner_products
+from keras_infomcr.core.euclidean_norm import unit_of
+from keras_infomcr.core.trace import hutch_plus_plus, hutchinson, inner_products, squared_norms
 from keras_infomcr.flatness.hessian.products import HessianProducts
 from keras_infomcr.flatness.hessian.results import TopEigenvalues
 
@@ -48,6 +49,20 @@ class TraceEstimates:
         sketches = hessian.probes(self.num_products // 3)
         probes = hessian.probes(self.num_products - 2 * (self.num_products // 3))
         return exact + hutch_plus_plus(products, sketches, probes, self.dots)
+
+    def norms(self, hessian: HessianProducts) -> np.ndarray:
+        """Return estimates of the Frobenius norm, `[n]`, whose squares are unbiased."""
+        unit = None
+
+        def squares(vectors, images):
+            # The squares of very small or very large numbers would vanish or overflow. One unit
+            # serves all, which is known after the first products.
+            nonlocal unit
+            unit = unit or unit_of(hessian.largest)
+            return squared_norms(vectors, images / unit)
+
+        estimates = dataclasses.replace(self, dots=squares)(hessian)
+        return unit * np.sqrt(estimates)
 
     def _without_known(self, products: Callable) -> tuple:
         """Return the traces of the part of H that is known, and the products with the rest."""

@@ -5,6 +5,7 @@ logits, the second derivatives p_j (v_j - sum_k p_k v_k) cancel where a p_j is r
 logits z - max z they do not: there v_j is 0.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import keras
 from keras import ops
 
 from keras_infomcr.flatness.loss.logits import Logits
+from keras_infomcr.flatness.loss.loss_of_each import computes_each, loss_of_each
 from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.keras_internals import (
     FLAT_LOSSES,
@@ -30,8 +32,25 @@ def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):
 
     It makes metrics too then, which must not be made while a framework traces.
     """
-    if _is_of_keras(model) and not compile_loss(model).built:
-        compile_loss(model).build(y, outputs)
+    known = compile_loss(model)
+    if not _is_of_keras(model) or known.built:
+        return
+    if not keras.tree.is_nested(outputs):
+        known.build(y, outputs)
+        return
+    build = known.build
+
+    def build_and_stop(*of_one_form):
+        build(*of_one_form)
+        raise _Built
+
+    # An evaluation brings the labels into the form of the outputs first, which `build` does not.
+    with contextlib.suppress(_Built), replaced(known, "build", build_and_stop):
+        known(y, outputs)
+
+
+class _Built(Exception):
+    """Ends an evaluation of which nothing but its beginning was wanted."""
 
 
 def _is_of_keras(model: keras.Model) -> bool:
@@ -73,12 +92,63 @@ def compiled_loss(
     clipped, entries = [], flat_losses(known)
     if of_example:
         forget_loss_ids(model)  # by which Keras finds what `add_loss` has been given
-        entries = [entry._replace(loss=_without_smoothing(entry.loss)) for entry in entries]
-        if len(entries) == 1:
-            entries = [entries[0]._replace(loss_weights=None)]
+        entries = _of_example(entries)
     entries = [e._replace(loss=_looking_behind(e.loss, logits, clipped)) for e in entries]
     with replaced(known, FLAT_LOSSES, entries):
         return compute(), clipped
+
+
+def losses_by_example(model: keras.Model, y: Any, outputs: Any, logits: Logits) -> Any:
+    """Return the losses of the examples of a batch, `[B]`: `compiled_loss` `of_example` of each.
+
+    Args:
+        model: A model whose losses `are_by_example`, or its stand-in.
+        y: Structure of arrays `[B, ...]`.
+        outputs: Structure of arrays `[B, ...]`.
+        logits: `Logits` of the call that gave the outputs.
+    """
+    known = compile_loss(model)
+
+    def of_each(loss, y_true, y_pred, sample_weight):
+        return loss_of_each(loss, y_true, y_pred)
+
+    entries = [
+        e._replace(loss=_looking_behind(e.loss, logits, [], of_each))
+        for e in _of_example(flat_losses(known))
+    ]
+    with replaced(known, FLAT_LOSSES, entries):
+        return known(y, outputs)
+
+
+def are_by_example(model: keras.Model, y: Any, outputs: Any) -> bool:
+    """Return whether the loss of an example is known to depend on that example alone.
+
+    Args:
+        model: What bears the loss, as `resolved_loss` returns it, its losses chosen.
+        y: Structure of arrays `[1, ...]`.
+        outputs: Structure of arrays `[1, ...]`.
+    """
+    if not _is_of_keras(model):
+        return False
+    known, found = compile_loss(model), []
+
+    def noting(loss):
+        def note(y_true, y_pred, sample_weight=None):
+            found.append(computes_each(loss, y_true, y_pred))
+            return ops.zeros(())
+
+        return note
+
+    entries = [e._replace(loss=noting(e.loss)) for e in flat_losses(known)]
+    with replaced(known, FLAT_LOSSES, entries):
+        known(y, outputs)
+    return all(found)
+
+
+def _of_example(entries: list) -> list:
+    """Return the losses without label smoothing and, of a single loss, its weight."""
+    entries = [entry._replace(loss=_without_smoothing(entry.loss)) for entry in entries]
+    return entries if len(entries) > 1 else [e._replace(loss_weights=None) for e in entries]
 
 
 def _without_smoothing(loss: Any) -> Any:
@@ -98,28 +168,32 @@ def _with_arguments(loss: Any, **arguments) -> Any:
     return _changed(loss, **{LOSS_ARGUMENTS: {**loss_arguments(loss), **arguments}})
 
 
-def _looking_behind(loss: Any, logits: Logits, clipped: list) -> Callable:
-    """Return what computes a loss of the logits where they are known, and else notes the output."""
+def _looking_behind(
+    loss: Any, logits: Logits, clipped: list, evaluate: Callable = lambda loss, *args: loss(*args)
+) -> Callable:
+    """Return what computes a loss of the logits where they are known, and else notes the output.
+
+    `evaluate(loss, y_true, y_pred, sample_weight)` calls a loss of Keras.
+    """
     function = getattr(loss, "fn", None)
-    if type(loss).call is not keras.losses.CategoricalCrossentropy.call:
-        return loss  # which may make something else of the probabilities first
     kinds = [(kind, on) for known, kind, on in _CROSS_ENTROPIES if known is function]
-    if not kinds:
-        return loss
-    kind, on_logits = kinds[0]
+    # A subclass may make something else of the probabilities first.
+    usual = type(loss).call is keras.losses.CategoricalCrossentropy.call
 
     def looking_behind(y_true, y_pred, sample_weight=None):
         from_logits = loss_arguments(loss).get("from_logits")
-        if from_logits and known_logits(y_pred) is not None:
-            return loss(y_true, y_pred, sample_weight)  # what backends understand differently
+        # What an output of logits has noted, backends understand differently.
+        if not usual or not kinds or (from_logits and known_logits(y_pred) is not None):
+            return evaluate(loss, y_true, y_pred, sample_weight)
+        kind, on_logits = kinds[0]
         known = y_pred if from_logits else _known_logits(loss, y_pred, kind, logits)
         if known is None:
             clipped.append((y_pred, kind))
-            return loss(y_true, y_pred, sample_weight)
+            return evaluate(loss, y_true, y_pred, sample_weight)
         twin = _with_arguments(_changed(loss, fn=on_logits(function)), from_logits=True)
         call = twin.call
         twin.call = lambda y_true, _: call(y_true, ops.cast(known, twin.dtype))
-        return twin(y_true, y_pred, sample_weight)  # which takes the mask from the output
+        return evaluate(twin, y_true, y_pred, sample_weight)  # which takes the mask from the output
 
     return looking_behind
 

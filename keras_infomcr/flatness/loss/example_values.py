@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.loss.compiled_loss import compiled_loss
+from keras_infomcr.flatness.loss.compiled_loss import compiled_loss, losses_by_example
 from keras_infomcr.flatness.loss.logits import Logits
 from keras_infomcr.flatness.running.checks import warn
 from keras_infomcr.layers.logit_normalization import normalize_logits
@@ -216,20 +216,27 @@ class ExampleLoss:
 
     Args:
         model: What `resolved_loss` returns for the model: it bears the loss.
+        together: Boolean, whether it is called with many examples, as losses that
+            `are_by_example` can be, or with one. Defaults to `False`.
     """
 
     inverts = False
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, together: bool = False):
         self.model = model
+        self.together = together
 
     def labels(self, y: Any, outputs: Any) -> Any:
         """Return the labels as they are."""
         return y
 
     def __call__(self, x: Any, y: Any, outputs: Any, logits: Logits) -> Any:
-        loss, _ = compiled_loss(self.model, x, y, outputs, logits, of_example=True)
-        return ops.reshape(ops.cast(loss, backend.widest_float()), (1,))
+        if self.together:
+            losses = losses_by_example(self.model, y, outputs, logits)
+        else:
+            loss, _ = compiled_loss(self.model, x, y, outputs, logits, of_example=True)
+            losses = ops.reshape(loss, (1,))
+        return ops.cast(losses, backend.widest_float())
 
     def log_loss_factors(self, values: np.ndarray) -> np.ndarray:
         """Return zeros: the rows are gradients of the loss itself."""

@@ -156,12 +156,13 @@ class LossFunction:
         if not built or (self._checks_labels and self._outputs is None):
             x = keras.tree.map_structure(ops.convert_to_tensor, x)
             outputs = self.batch.outputs(*args[:2], x)
-            build_compiled_loss(self.bearer, y, outputs)
             self._outputs = self._outputs or keras.tree.map_structure(
                 lambda a: keras.KerasTensor(a.shape, a.dtype), outputs
             )
         if self._checks_labels:
             check_labels(self.bearer, y, self._outputs)
+        if not built:
+            build_compiled_loss(self.bearer, y, outputs)
 
     def _check_probabilities(self, batch: tuple, args: tuple):
         """Warn once of probabilities that Keras clips, whose loss then has no derivatives."""

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_infomcr.flatness.loss.compiled_loss import build_compiled_loss
+from keras_infomcr.flatness.loss.compiled_loss import are_by_example, build_compiled_loss
 from keras_infomcr.flatness.loss.example_values import ExampleLoss, example_values
 from keras_infomcr.flatness.loss.logits import Logits, predict_with_logits
 from keras_infomcr.flatness.per_example.taps import Taps
@@ -44,7 +44,8 @@ def _make(
     outputs, logits = _predict(model, taps, x, 1)
     # Here already, for the labels of the first two examples are evaluated below.
     check_labels(loss_bearer, y, outputs)
-    build_compiled_loss(loss_bearer, y, outputs)
+    first = keras.tree.map_structure(lambda a: a[:1], y)
+    build_compiled_loss(loss_bearer, first, outputs)
     normalization = settings.normalize_softmax, settings.softmax_scale
     values = example_values(loss_bearer, outputs, logits, *normalization)
     labels = values.labels(y, outputs)
@@ -56,10 +57,13 @@ def _make(
         )
     one_by_one = (
         settings.training
-        or other_loss  # Keras makes one number of the losses of all examples
         or settings.examples_together < settings.num_examples
         or model.run_eagerly  # as models ask for that look at their numbers, of one example each
     )
+    if other_loss and not one_by_one:
+        with keras.StatelessScope():  # Keras counts the loss of each output in a metric
+            values = ExampleLoss(loss_bearer, are_by_example(loss_bearer, first, outputs))
+        one_by_one = not values.together
     if one_by_one or _couples_examples(model, taps, x, labels, values, (outputs, logits)):
         taps.drop_all()
     taps.forget_evaluations()
@@ -78,15 +82,24 @@ def _couples_examples(
     if len(keras.tree.flatten(x)[0]) == 1:
         return False
 
-    def value_of_first(count, outputs, logits):
+    def of_first_example(count, outputs, logits):
         inputs, of_examples = keras.tree.map_structure(
             lambda a: keras.ops.convert_to_tensor(a[:count]), (x, labels)
         )
-        return keras.ops.convert_to_numpy(values(inputs, of_examples, outputs, logits))[0]
+        with keras.StatelessScope():
+            found = values(inputs, of_examples, outputs, logits), *keras.tree.flatten(outputs)
+        arrays = map(keras.ops.convert_to_numpy, found)
+        return [np.atleast_1d(array)[0].astype("float64") for array in arrays]
 
-    alone = value_of_first(1, *of_first)
-    beside = value_of_first(2, *_predict(model, taps, x, 2))
-    return taps.coupled() or not np.isclose(alone, beside, rtol=1e-3, atol=1e-3)
+    alone = of_first_example(1, *of_first)
+    beside = of_first_example(2, *_predict(model, taps, x, 2))
+    # Log-odds are numbers about 1. Losses may be of any size, and are as right as the outputs are.
+    pairs = zip(alone, beside) if isinstance(values, ExampleLoss) else []
+    return (
+        taps.coupled()
+        or not np.isclose(alone[0], beside[0], rtol=1e-3, atol=1e-3)
+        or any(not np.allclose(b, a, rtol=0, atol=1e-3 * np.max(np.abs(a))) for a, b in pairs)
+    )
 
 
 def _predict(model: keras.Model, taps: Taps, x: Any, count: int) -> tuple[Any, Logits]:
