@@ -16,6 +16,7 @@ from keras_infomcr.core.sub_batch_averages import (
     hessian_vector_product,
 )
 from keras_infomcr.objective import Batch, Objective, joined
+from keras_infomcr.regularizers import dense_slices
 from keras_infomcr.regularizers import main_gradient as main_gradients
 from keras_infomcr.regularizers.perturbed_subset import perturbing_subset, random_ranks
 from keras_infomcr.regularizers.regularizer import Regularizer, Step
@@ -132,6 +133,8 @@ class SubBatchPerturbation(Regularizer):
         with_main = self.replaces_main_pass(model)
         sub_batches = objective.sub_batches(batch, share_of_replica(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
+        if self.estimator == "finite_difference" and dense_slices.dense_layers(model):
+            return self._at_once(objective, batch, len(sub_batches), count, with_main)
         evaluate = backend.traced_once(objective.evaluate)  # once, however many places call it
         contribution = self._contribution(objective, evaluate)
         if count < len(sub_batches):
@@ -156,6 +159,19 @@ class SubBatchPerturbation(Regularizer):
         refuse_rewritten(objective, main_gradients.SUB_BATCHES, main_gradients.FULL_BATCH)
         predictions = joined(result.main.predictions, backend.batch_size(batch))
         return Step(result.value, result.gradient, result.main._replace(predictions=predictions))
+
+    def _at_once(self, objective, batch, num_sub_batches, count, with_main):
+        """Return the step of a model that evaluates all sub-batches side by side."""
+        chosen = None
+        if count < num_sub_batches:
+            ranks = self._random_ranks(num_sub_batches, objective.model.optimizer.iterations)
+            chosen = ranks < count
+        result = dense_slices.finite_difference(
+            objective, batch, self.alpha, num_sub_batches, chosen
+        )
+        if chosen is not None:
+            result = _scaled(result, num_sub_batches / count)
+        return Step(result.value, result.gradient, result.main if with_main else None)
 
     def _contribution(
         self, objective: Objective, evaluate: Callable[..., Evaluation]
