@@ -23,6 +23,10 @@ from keras_infomcr.core.sub_batch_averages import Contribution
 from keras_infomcr.keras_internals import calls_in_graph
 from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
+from keras_infomcr.regularizers.perturbed_subset import completed
+
+# Beyond so many examples a slice, x A_i^T takes longer than the weights of a slice do.
+LONGEST = 100
 
 
 def dense_layers(model: keras.Model) -> list[keras.layers.Dense]:
@@ -55,8 +59,46 @@ def _has_no_further_weights(layer):
     return type(layer) is keras.layers.Dense and len(layer.trainable_variables) == own
 
 
+def faster_of(
+    at_once: Callable[[], Contribution],
+    in_turn: Callable[[], Contribution],
+    state: list,
+    size: Any,
+    count: int,
+) -> Contribution:
+    """Return what the faster of two ways gives, where the sub-batches may be long.
+
+    Args:
+        at_once: Function that takes all sub-batches at once.
+        in_turn: Function that takes one after the other.
+        state: List of arrays, the state that both start from.
+        size: Integer or scalar array, the number of examples.
+        count: Integer, the number of sub-batches.
+    """
+    short = size <= LONGEST * count
+    if isinstance(size, int):
+        return at_once() if short else in_turn()
+
+    def lists(function):
+        # Both branches return the same structure, as TensorFlow asks.
+        def results():
+            found = function()
+            main = found.main and [*found.main[:3], completed(found.main.state, state)]
+            return ops.cast(found.value, backend.widest_float()), found.gradient, main
+
+        return results
+
+    value, gradient, main = backend.cond(short, lists(at_once), lists(in_turn))
+    return Contribution(value, gradient, main and Evaluation(*main))
+
+
 def finite_difference(
-    objective: Objective, batch: Batch, alpha: float, count: int, chosen: Any = None
+    objective: Objective,
+    batch: Batch,
+    alpha: float,
+    count: int,
+    chosen: Any = None,
+    with_main: bool = True,
 ) -> Contribution:
     """Return the mean over the sub-batches of `core.sub_batch_averages.finite_difference`.
 
@@ -67,6 +109,7 @@ def finite_difference(
         count: Integer, the number of sub-batches.
         chosen: Boolean array `[M]`, the sub-batches to perturb; the others count as zero. Defaults
             to all.
+        with_main: Boolean, whether the evaluation at w is asked for, too.
 
     Returns:
         A `Contribution`. The predictions of its main evaluation are those of the whole batch.
@@ -97,7 +140,7 @@ def finite_difference(
     (loss, _), gradients = backend.value_and_grad(loss_of_slices)(weights, state, batch)
     pairs = zip(main.gradients, gradients)
     difference = [None if g is None or h is None else g - h for g, h in pairs]
-    return Contribution(main.loss - loss, difference, main)
+    return Contribution(main.loss - loss, difference, main if with_main else None)
 
 
 def _evaluation_with_taps(objective, layers, weights, state, batch):
