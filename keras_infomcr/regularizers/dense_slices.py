@@ -43,7 +43,7 @@ def dense_layers(model: keras.Model) -> list[keras.layers.Dense]:
     held = [id(v) for layer in inputs for v in layer.trainable_variables]
     known = (
         sorted(held) == sorted(id(v) for v in model.trainable_variables)
-        and all(_has_no_further_weights(layer) for layer in inputs)
+        and all(map(_is_plain, inputs))
         and all(len(tensors) == 1 for tensors in inputs.values())
         and all(len(x.shape) == 2 and not x.sparse for (x,) in inputs.values())
         # The threads of a `MirroredStrategy` would see each other's replaced calls.
@@ -53,10 +53,14 @@ def dense_layers(model: keras.Model) -> list[keras.layers.Dense]:
     return list(inputs) if known else []
 
 
-def _has_no_further_weights(layer):
+def _is_plain(layer):
     """Return whether a layer is Dense, neither partly frozen nor with a low-rank update."""
     own = 1 + getattr(layer, "use_bias", False)
-    return type(layer) is keras.layers.Dense and len(layer.trainable_variables) == own
+    return (
+        type(layer) is keras.layers.Dense
+        and len(layer.trainable_variables) == own
+        and "call" not in layer.__dict__
+    )
 
 
 def faster_of(

@@ -140,7 +140,9 @@ class SubBatchPerturbation(Regularizer):
         in_turn = functools.partial(
             self._in_turn, objective, batch, sub_batches, ranks, count, with_main
         )
-        if self.estimator == "finite_difference" and dense_slices.dense_layers(model):
+        # At once, the sub-batches that are not chosen cost as much as the others.
+        gains = self.estimator == "finite_difference" and (with_main or ranks is None)
+        if gains and dense_slices.dense_layers(model):
             chosen = None if ranks is None else ranks < count
             at_once = functools.partial(
                 dense_slices.finite_difference,

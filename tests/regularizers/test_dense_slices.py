@@ -80,7 +80,6 @@ def in_turn(monkeypatch):
         (perceptron, 3, 8, {}),
         (perceptron, 6, 6, {"main_gradient": "full_batch"}),
         (residual, 7, 3, {"num_perturbed": 2}),
-        (perceptron, 8, 4, {"num_perturbed": 1, "main_gradient": "full_batch"}),
     ],
 )
 @pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
