@@ -20,7 +20,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.core.sub_batch_averages import Contribution
-from keras_infomcr.keras_internals import calls_in_graph
+from keras_infomcr.keras_internals import calls_in_graph, is_rematerialized
 from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.perturbed_subset import completed
@@ -54,12 +54,13 @@ def dense_layers(model: keras.Model) -> list[keras.layers.Dense]:
 
 
 def _is_plain(layer):
-    """Return whether a layer is Dense, neither partly frozen nor with a low-rank update."""
+    """Return whether a layer is Dense and nothing else, and all its weights are trainable."""
     own = 1 + getattr(layer, "use_bias", False)
     return (
         type(layer) is keras.layers.Dense
         and len(layer.trainable_variables) == own
         and "call" not in layer.__dict__
+        and not is_rematerialized(layer)
     )
 
 

@@ -174,6 +174,11 @@ def tied(inputs):
     return keras.ops.matmul(y, keras.ops.transpose(dense.kernel))
 
 
+def rematerialized(inputs):
+    with keras.RematScope(mode="full"):
+        return layers.Dense(3)(layers.Flatten()(inputs))
+
+
 def nested(inputs):
     return keras.Sequential([layers.Flatten(), layers.Dense(3)])(inputs)
 
@@ -182,7 +187,7 @@ def nested(inputs):
     "net",
     [
         shared, sequences, convolution, partly_frozen, low_rank, normalized, scaled, subclass, tied,
-        nested,
+        rematerialized, nested,
     ],
 )  # fmt: skip
 def test_other_networks_are_taken_in_turn(net):
