@@ -101,7 +101,11 @@ def test_at_once_is_in_turn(float64, rng, in_turn, net, size, count, options, we
         np.testing.assert_allclose(found, other, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("longest", [100, 0], ids=["at-once", "in-turn"])
+@pytest.mark.parametrize(
+    "longest",
+    # `fit` with batches of unknown size takes the first way in test_sub_batch_perturbation.py, too.
+    [pytest.param(100, marks=pytest.mark.slow, id="at-once"), pytest.param(0, id="in-turn")],
+)
 @only_on("tensorflow", reason="Batches of unknown size are a thing of TensorFlow.")
 def test_the_way_is_chosen_in_the_step_where_the_size_is_unknown(
     float64, rng, monkeypatch, longest
