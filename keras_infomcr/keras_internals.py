@@ -28,6 +28,7 @@ __all__ = [
     "additional_loss",
     "all_layers",
     "call_has_training_arg",
+    "calls_in_graph",
     "compile_loss",
     "compute_loss",
     "distribute_strategy",
@@ -65,6 +66,16 @@ def all_layers(model: keras.Model) -> list[keras.Layer]:
     `model.layers` lists the first level alone, and not the layers that a layer holds.
     """
     return list(model._flatten_layers())
+
+
+def calls_in_graph(model: keras.Model) -> list[tuple]:
+    """Return what a Functional or Sequential model calls, each with the tensors that it is given.
+
+    The list is empty for other models. A layer knows all its calls, in this model and elsewhere.
+    """
+    graph = getattr(model, "_functional", model)
+    by_depth = getattr(graph, "_nodes_by_depth", {})
+    return [(node.operation, node.input_tensors) for nodes in by_depth.values() for node in nodes]
 
 
 def call_has_training_arg(model: keras.Model) -> bool:

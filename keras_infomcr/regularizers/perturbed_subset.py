@@ -53,7 +53,7 @@ def perturbing_subset(
         def perturbed():
             found = contribution(i, state, batch)
             gradient = [z if d is None else d for z, d in zip(zeros, found.gradient)]
-            main = list(found.main) if evaluate else _completed(found.main.state, state)
+            main = list(found.main) if evaluate else completed(found.main.state, state)
             return keras.ops.cast(found.value, zero.dtype), gradient, main
 
         def unperturbed():
@@ -66,5 +66,6 @@ def perturbing_subset(
     return chosen
 
 
-def _completed(new_state, state):
+def completed(new_state: list, state: list) -> list:
+    """Return the new state, with the old arrays that have not changed."""
     return [old if new is None else new for new, old in zip(new_state, state)]
