@@ -81,6 +81,7 @@ def is_its_own_slice(model: keras.Model) -> bool:
     return (
         # Else Keras's pass sees more than what this replica has.
         backend.num_parallel_steps(model) == backend.num_replicas(model)
+        and all(map(_is_reduced_by_keras, losses_of(model)))
         and not any(getattr(layer, "synchronized", False) for layer in all_layers(model))
         and _trains_like_keras(model)
         and _is_known_graph(model, _is_normalization_or_known)
@@ -112,6 +113,11 @@ def has_state_of_its_own(model: keras.Model) -> bool:
     """Return whether a layer is a torch module with buffers, which are no variables of Keras."""
     modules = [x for x in all_layers(model) if isinstance(x, layers.TorchModuleWrapper)]
     return any(True for layer in modules for _ in layer.module.buffers())
+
+
+def _is_reduced_by_keras(loss):
+    """Return whether Keras divides the loss among replicas: a loss of a user's own may not be."""
+    return not isinstance(loss, losses.Loss) or _is_of_keras(loss)
 
 
 def _is_loss_by_example(loss):

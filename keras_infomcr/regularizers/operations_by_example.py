@@ -111,6 +111,12 @@ def _reshape(operation, arguments, outputs):
     return None not in (*before, *after) and math.prod(before) == math.prod(after)
 
 
+def _pad(operation, arguments, outputs):
+    widths = operation.pad_width
+    of_each_axis = isinstance(widths, (list, tuple)) and len(widths) == len(outputs[0].shape)
+    return of_each_axis and list(widths[0]) == [0, 0]
+
+
 def _transpose(operation, arguments, outputs):
     return operation.axes is not None and operation.axes[0] == 0
 
@@ -150,6 +156,7 @@ _CHECKS: dict[str, Callable[[Any, list, list], bool]] = {
     "Einsum": _einsum,
     "GetItem": _getitem,
     "Matmul": _matmul,
+    "Pad": _pad,
     "Reshape": _reshape,
     "Transpose": _transpose,
 }

@@ -124,7 +124,8 @@ class SubBatchPerturbation(Regularizer):
 
     def replaces_main_pass(self, model: keras.Model) -> bool:
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        return main_gradients.is_mean_of_sub_batches(self.main_gradient, model)
+        count = self.num_sub_batches
+        return main_gradients.is_mean_of_sub_batches(self.main_gradient, model, count)
 
     def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
         """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
