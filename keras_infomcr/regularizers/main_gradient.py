@@ -11,9 +11,7 @@ SUB_BATCHES = 'main_gradient="sub_batches"'
 FULL_BATCH = 'Use `main_gradient="full_batch"`.'
 
 
-def is_mean_of_sub_batches(
-    main_gradient: str, model: keras.Model, num_sub_batches: int
-) -> bool:
+def is_mean_of_sub_batches(main_gradient: str, model: keras.Model, num_sub_batches: int) -> bool:
     """Return whether the sub-batches give the training gradient, too.
 
     Args:
