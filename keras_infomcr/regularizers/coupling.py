@@ -13,7 +13,12 @@ from keras_infomcr.keras_internals import (
     loss_arguments,
     parts_of,
 )
-from keras_infomcr.objective import HALF_PRECISION, is_mean_over_examples, losses_of
+from keras_infomcr.objective import (
+    HALF_PRECISION,
+    is_mean_over_examples,
+    losses_of,
+    preprocessing_layers,
+)
 from keras_infomcr.regularizers.operations_by_example import (
     is_elementwise,
     maps_by_example,
@@ -61,13 +66,14 @@ def couples_no_examples(model: keras.Model) -> bool:
     """Return whether the model is known to couple no two examples of a batch in training.
 
     Known are Functional models of listed Keras layers and operations with listed losses of Keras.
-    Random layers are left out: slices would see other masks than the full batch does.
+    Random layers are left out, for slices would see other masks than the full batch does; but not
+    the random preprocessing that a model begins with, which all passes of a step share.
     """
     compiled_losses = [loss for loss in losses_of(model) if loss is not None]
     return (
         all(map(_is_loss_by_example, compiled_losses))
         and _trains_like_keras(model)
-        and _is_known_graph(model, _is_known)
+        and _is_known_graph(model, _is_known, preprocessing_layers(model))
         and _adds_up_gradients(model)
     )
 
@@ -132,7 +138,7 @@ def _is_loss_by_example(loss):
     )
 
 
-def _is_known_graph(model, is_known):
+def _is_known_graph(model, is_known, shared=()):
     """Return whether all calls in a model's graph are known, and no loss sees a mask.
 
     A loss under a mask weighs an example by the rest of the batch.
@@ -140,7 +146,7 @@ def _is_known_graph(model, is_known):
     calls = calls_of_graph(model) if _is_of_keras(type(model).call) else None
     return (
         calls is not None
-        and all(_is_known_call(call, is_known) for call in calls)
+        and all(call.operation in shared or _is_known_call(call, is_known) for call in calls)
         and not any(get_keras_mask(t) is not None or len(t.shape) < 2 for t in model.outputs)
     )
 

@@ -131,6 +131,7 @@ class SubBatchPerturbation(Regularizer):
         """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
         model = objective.model
         with_main = self.replaces_main_pass(model)
+        state, batch = objective.preprocess(objective.state(), batch)
         sub_batches = objective.sub_batches(batch, share_of_replica(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
         evaluate = backend.traced_once(objective.evaluate)  # once, however many places call it
@@ -140,7 +141,6 @@ class SubBatchPerturbation(Regularizer):
             of_others = evaluate if with_main else None
             weights = objective.weights()
             contribution = perturbing_subset(contribution, ranks, count, weights, of_others)
-        state = objective.state()
         result = average(
             contribution,
             state,
