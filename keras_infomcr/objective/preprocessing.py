@@ -43,8 +43,10 @@ def passed_through(layers: list[keras.Layer]) -> Any:
 
 
 def _is_preprocessing(layer):
-    of_images = type(layer).__module__.startswith("keras.src.layers.preprocessing.image_")
-    return of_images and layer.activity_regularizer is None and not layer.trainable_variables
+    kind = type(layer)
+    of_images = kind.__module__.startswith("keras.src.layers.preprocessing.image_preprocessing.")
+    known = of_images or kind in (keras.layers.Rescaling, keras.layers.Normalization)
+    return known and layer.activity_regularizer is None and not layer.trainable_variables
 
 
 class _Passing(StandIn):

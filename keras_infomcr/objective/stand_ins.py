@@ -16,7 +16,7 @@ class StandIn:
 
     Attributes:
         original: What the attribute was.
-        inherited: Boolean, whether it was an attribute of the class.
+        inherited: Boolean, whether it was a method of the class.
         users: Integer, the number of evaluations that run with the stand-in, in all threads.
     """
 
@@ -44,7 +44,8 @@ def standing_in(holders, name, make):
             if not isinstance(getattr(holder, name), StandIn):
                 stand_in = make(holder)
                 stand_in.original = getattr(holder, name)
-                stand_in.inherited = name not in vars(holder)
+                of_class = getattr(type(holder), name, None)
+                stand_in.inherited = name not in vars(holder) and not hasattr(of_class, "__set__")
                 # Past Keras's tracking of attributes.
                 object.__setattr__(holder, name, stand_in)
             getattr(holder, name).users += 1
