@@ -41,7 +41,9 @@ class SubBatchPerturbation(Regularizer):
 
     Every pair of evaluations starts from the weights and the state (batch-norm statistics, seeds,
     variables that a layer assigns when it is called) that the main pass over the batch has left.
-    What the pairs do to that state is dropped, so that it moves once a step.
+    What the pairs do to that state is dropped, so that it moves once a step. Layers of random
+    preprocessing that a Functional model begins with run once for all of them, on the whole batch;
+    with `"sub_batches"` also for the training gradient.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
@@ -62,10 +64,13 @@ class SubBatchPerturbation(Regularizer):
             normalisation then sees sub-batches, its moving variance their mean variance, metrics
             that a layer updates in its `call` stand still, and a loss that weighs an example by
             the rest of the batch (`ignore_class`, masks, `Dice`) is the loss of each sub-batch.
-            `"auto"`: the second where the numbers are known to be the same (a Functional model of
-            layers of Keras that neither couple the examples of a batch nor draw random numbers,
-            with losses of Keras that are means over the examples), else the first. Defaults to
-            `"auto"`.
+            `"auto"`: the second where the numbers are known to be the same, else the first. They
+            are for a Functional or Sequential model of layers of Keras and operations of
+            `keras.ops` that neither couple the examples of a batch nor draw random numbers, with
+            losses of Keras that are means over the examples and see no mask; and with batch
+            normalisation where the one sub-batch of a replica is its share of the batch. (On TensorFlow a model
+            with an `Embedding` must also be trained by SGD without clipping: to other optimizers a
+            sparse gradient is not what its sum is.) Defaults to `"auto"`.
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
             drawn at random for each step, are perturbed, and their mean stands for the mean of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
