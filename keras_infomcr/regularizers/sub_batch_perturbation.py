@@ -68,9 +68,9 @@ class SubBatchPerturbation(Regularizer):
             are for a Functional or Sequential model of layers of Keras and operations of
             `keras.ops` that neither couple the examples of a batch nor draw random numbers, with
             losses of Keras that are means over the examples and see no mask; and with batch
-            normalisation where the one sub-batch of a replica is its share of the batch. (On TensorFlow a model
-            with an `Embedding` must also be trained by SGD without clipping: to other optimizers a
-            sparse gradient is not what its sum is.) Defaults to `"auto"`.
+            normalisation where the one sub-batch of a replica is its share of the batch. (On
+            TensorFlow a model with an `Embedding` must also be trained by SGD without clipping:
+            to other optimizers a sparse gradient is not what its sum is.) Defaults to `"auto"`.
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
             drawn at random for each step, are perturbed, and their mean stands for the mean of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
