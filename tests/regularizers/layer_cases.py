@@ -101,7 +101,12 @@ KNOWN = {
 }  # fmt: skip
 
 # Their likes are tried in every run of the tests.
-SLOW = set("GRU RNN StackedRNNCells LSTMCell GRUCell ConvLSTM1D ConvLSTM3D Bidirectional".split())
+SLOW = {name for name in KNOWN if name.endswith(("1D", "3D", "Cell"))} | set(
+    """
+    GRU RNN StackedRNNCells Bidirectional ConvLSTM2D Subtract Multiply Average Minimum ELU LeakyReLU
+    AlphaDropout GaussianDropout GroupQueryAttention AdditiveAttention SeparableConv2D
+    """.split()
+)
 
 # They mix examples, draw random numbers, assign weights, run functions of the user or take text; or
 # nobody has looked.
