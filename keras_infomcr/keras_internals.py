@@ -13,7 +13,7 @@ a new version of Keras changes one, this is the file to change. (Besides,
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
@@ -28,7 +28,7 @@ __all__ = [
     "additional_loss",
     "all_layers",
     "call_has_training_arg",
-    "calls_in_graph",
+    "calls_of_graph",
     "compile_loss",
     "compute_loss",
     "distribute_strategy",
@@ -43,7 +43,9 @@ __all__ = [
     "loss_tracker",
     "losses_of_step",
     "note_logits",
+    "operation_name",
     "own_metrics",
+    "parts_of",
     "set_call_has_training_arg",
     "set_keras_mask",
     "steps_shown",
@@ -68,14 +70,41 @@ def all_layers(model: keras.Model) -> list[keras.Layer]:
     return list(model._flatten_layers())
 
 
-def calls_in_graph(model: keras.Model) -> list[tuple]:
-    """Return what a Functional or Sequential model calls, each with the tensors that it is given.
+def parts_of(layer: keras.Layer) -> list[keras.Layer]:
+    """Return the layers that a layer holds itself, such as the projections of an attention."""
+    return list(layer._flatten_layers(recursive=False, include_self=False))
 
-    The list is empty for other models. A layer knows all its calls, in this model and elsewhere.
+
+class Call(NamedTuple):
+    """A call of a layer or operation in the graph of a model.
+
+    Attributes:
+        operation: The layer or operation.
+        arguments: List of its arguments, structures of symbolic tensors and others.
+        outputs: List of symbolic tensors.
     """
-    graph = getattr(model, "_functional", model)
-    by_depth = getattr(graph, "_nodes_by_depth", {})
-    return [(node.operation, node.input_tensors) for nodes in by_depth.values() for node in nodes]
+
+    operation: Any
+    arguments: list
+    outputs: list
+
+
+def calls_of_graph(model: keras.Model) -> list[Call] | None:
+    """Return the calls in the graph that a model runs, `None` if it is not known as a graph."""
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    if not isinstance(model, Functional):
+        return None
+    return [
+        Call(n.operation, [*n.arguments.args, *n.arguments.kwargs.values()], n.outputs)
+        for n in keras.tree.flatten(model._nodes_by_depth)
+    ]
+
+
+def operation_name(operation: Any) -> str | None:
+    """Return the name of an operation of `keras.ops`, such as "Add", `None` for all else."""
+    of_ops = type(operation).__module__.startswith("keras.src.ops.")
+    return type(operation).__name__ if of_ops else None
 
 
 def call_has_training_arg(model: keras.Model) -> bool:

@@ -29,6 +29,8 @@ no use for.
   depends on row i of each of `args` alone.
 * `add_to_gradient(gradient, term)`: a gradient by the trainer, which may be sparse, and a dense
   array, added.
+* `has_sparse_gradients()`: whether the trainer's gradient by the table of an embedding is sparse,
+  with a row for each use of an entry.
 * `interpolated(start, end, share)`: (1 - share) start + share end, exactly `start` at 0 and `end`
   at 1, in one pass over the arrays where the framework offers one.
 * `widest_float()`: the name of the widest float type.
@@ -119,6 +121,7 @@ hessian_vector_products = _differentiation.hessian_vector_products
 jacobian = _differentiation.jacobian
 gradients_by_example = _differentiation.gradients_by_example
 add_to_gradient = _differentiation.add_to_gradient
+has_sparse_gradients = _differentiation.has_sparse_gradients
 interpolated = _differentiation.interpolated
 widest_float = _differentiation.widest_float
 float64_allowed = _differentiation.float64_allowed

@@ -20,7 +20,7 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.core.sub_batch_averages import Contribution
-from keras_infomcr.keras_internals import calls_in_graph, is_rematerialized
+from keras_infomcr.keras_internals import calls_of_graph, is_rematerialized
 from keras_infomcr.objective import Batch, Objective
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.perturbed_subset import completed
@@ -35,11 +35,13 @@ def dense_layers(model: keras.Model) -> list[keras.layers.Dense]:
     The model must be known to couple no examples, and must call these layers once, with vectors.
     """
     inputs: dict[keras.Layer, list] = {}
-    for operation, tensors in calls_in_graph(model):
-        if not isinstance(operation, keras.Layer):  # it may read a weight, too
+    for call in calls_of_graph(model) or []:
+        if not isinstance(call.operation, keras.Layer):  # it may read a weight, too
             return []
-        if operation.trainable_variables:
-            inputs.setdefault(operation, []).extend(tensors)
+        if call.operation.trainable_variables:
+            arguments = keras.tree.flatten(call.arguments)
+            tensors = [a for a in arguments if isinstance(a, keras.KerasTensor)]
+            inputs.setdefault(call.operation, []).extend(tensors)
     held = [id(v) for layer in inputs for v in layer.trainable_variables]
     known = (
         sorted(held) == sorted(id(v) for v in model.trainable_variables)
@@ -99,6 +101,7 @@ def faster_of(
 
 def finite_difference(
     objective: Objective,
+    state: list,
     batch: Batch,
     alpha: float,
     count: int,
@@ -109,6 +112,7 @@ def finite_difference(
 
     Args:
         objective: An `Objective` of a model that has `dense_layers`.
+        state: List of arrays, the state that both evaluations start from.
         batch: A `Batch`.
         alpha: Float, the step of the finite difference.
         count: Integer, the number of sub-batches.
@@ -120,7 +124,7 @@ def finite_difference(
         A `Contribution`. The predictions of its main evaluation are those of the whole batch.
     """
     layers = dense_layers(objective.model)
-    weights, state = objective.weights(), objective.state()
+    weights = objective.weights()
     slices = _SideBySide(backend.batch_size(batch), count)
     main, inputs, of_outputs = _evaluation_with_taps(objective, layers, weights, state, batch)
     steps = {

@@ -43,7 +43,9 @@ class SubBatchPerturbation(Regularizer):
 
     Every pair of evaluations starts from the weights and the state (batch-norm statistics, seeds,
     variables that a layer assigns when it is called) that the main pass over the batch has left.
-    What the pairs do to that state is dropped, so that it moves once a step.
+    What the pairs do to that state is dropped, so that it moves once a step. Layers of random
+    preprocessing that a Functional model begins with run once for all of them, on the whole batch;
+    with `"sub_batches"` also for the training gradient.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
@@ -64,10 +66,13 @@ class SubBatchPerturbation(Regularizer):
             normalisation then sees sub-batches, its moving variance their mean variance, metrics
             that a layer updates in its `call` stand still, and a loss that weighs an example by
             the rest of the batch (`ignore_class`, masks, `Dice`) is the loss of each sub-batch.
-            `"auto"`: the second where the numbers are known to be the same (a Functional model of
-            layers of Keras that neither couple the examples of a batch nor draw random numbers,
-            with losses of Keras that are means over the examples), else the first. Defaults to
-            `"auto"`.
+            `"auto"`: the second where the numbers are known to be the same, else the first. They
+            are for a Functional or Sequential model of layers of Keras and operations of
+            `keras.ops` that neither couple the examples of a batch nor draw random numbers, with
+            losses of Keras that are means over the examples and see no mask; and with batch
+            normalisation where the one sub-batch of a replica is its share of the batch. (On
+            TensorFlow a model with an `Embedding` must also be trained by SGD without clipping:
+            to other optimizers a sparse gradient is not what its sum is.) Defaults to `"auto"`.
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
             drawn at random for each step, are perturbed, and their mean stands for the mean of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
@@ -126,19 +131,21 @@ class SubBatchPerturbation(Regularizer):
 
     def replaces_main_pass(self, model: keras.Model) -> bool:
         """Return whether the gradient of the loss is the mean of the sub-batch gradients."""
-        return main_gradients.is_mean_of_sub_batches(self.main_gradient, model)
+        count = self.num_sub_batches
+        return main_gradients.is_mean_of_sub_batches(self.main_gradient, model, count)
 
     def __call__(self, objective: Objective, batch: Batch, memory: list) -> Step:
         """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
         model = objective.model
         with_main = self.replaces_main_pass(model)
+        state, batch = objective.preprocess(objective.state(), batch)
         sub_batches = objective.sub_batches(batch, share_of_replica(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
         ranks = None
         if count < len(sub_batches):
             ranks = self._random_ranks(len(sub_batches), model.optimizer.iterations)
         in_turn = functools.partial(
-            self._in_turn, objective, batch, sub_batches, ranks, count, with_main
+            self._in_turn, objective, state, batch, sub_batches, ranks, count, with_main
         )
         # At once, the sub-batches that are not chosen cost as much as the others.
         gains = self.estimator == "finite_difference" and (with_main or ranks is None)
@@ -146,10 +153,10 @@ class SubBatchPerturbation(Regularizer):
             chosen = None if ranks is None else ranks < count
             at_once = functools.partial(
                 dense_slices.finite_difference,
-                objective, batch, self.alpha, len(sub_batches), chosen, with_main,
+                objective, state, batch, self.alpha, len(sub_batches), chosen, with_main,
             )  # fmt: skip
             result = dense_slices.faster_of(
-                at_once, in_turn, objective.state(), backend.batch_size(batch), len(sub_batches)
+                at_once, in_turn, state, backend.batch_size(batch), len(sub_batches)
             )
         else:
             result = in_turn()
@@ -159,7 +166,9 @@ class SubBatchPerturbation(Regularizer):
             refuse_rewritten(objective, main_gradients.SUB_BATCHES, main_gradients.FULL_BATCH)
         return Step(result.value, result.gradient, result.main)
 
-    def _in_turn(self, objective, batch, sub_batches, ranks, count, with_main) -> Contribution:
+    def _in_turn(
+        self, objective, state, batch, sub_batches, ranks, count, with_main
+    ) -> Contribution:
         """Return the average over the sub-batches, one pair of evaluations after the other."""
         evaluate = backend.traced_once(objective.evaluate)  # once, however many places call it
         contribution = self._contribution(objective, evaluate)
@@ -167,7 +176,6 @@ class SubBatchPerturbation(Regularizer):
             of_others = evaluate if with_main else None
             weights = objective.weights()
             contribution = perturbing_subset(contribution, ranks, count, weights, of_others)
-        state = objective.state()
         result = average(
             contribution,
             state,

@@ -367,10 +367,33 @@ def test_strategy_of_one_device_is_no_strategy(float64):
 
 
 @pytest.mark.slow
-def test_first_pass_of_one_slice_a_replica_is_the_training_pass(mirrored, float64):
+@pytest.mark.parametrize("num_examples", [24, 23], ids=["even", "uneven"])
+def test_first_pass_of_one_slice_a_replica_is_the_training_pass(mirrored, float64, num_examples):
     """There are as many sub-batches as replicas, and each replica normalises its own share."""
-    options = {"outputs": normalized_by_replica, "num_sub_batches": 2}
-    model, logs = train(mirrored, main_gradient="sub_batches", **options)
+    options = {
+        "outputs": normalized_by_replica, "num_sub_batches": 2, "num_examples": num_examples
+    }  # fmt: skip
+    model, logs = train(mirrored, **options)
+    assert model.regularizer.replaces_main_pass(model)
     expected, expected_logs = train(mirrored, main_gradient="full_batch", **options)
-    assert_same(model, expected)
+    assert_same(model, expected)  # moving statistics included
     np.testing.assert_allclose(list(logs.values()), list(expected_logs.values()), rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "num_sub_batches", "known"),
+    [
+        (normalized_by_replica, 2, True),
+        (normalized_by_replica, 4, False),
+        (synchronized, 2, False),  # the training pass normalises both shares together
+        (normalized, 2, False),  # dropout draws once more for the regulariser
+        (network, 4, True),
+    ],
+)
+def test_sub_batches_are_the_training_pass_where_replicas_see_one(
+    mirrored, outputs, num_sub_batches, known
+):
+    with mirrored.scope():
+        model = RegularizedModel(*outputs())
+        model.compile("sgd", "mse", regularizer=regularizer(num_sub_batches=num_sub_batches))
+    assert model.regularizer.replaces_main_pass(model) == known

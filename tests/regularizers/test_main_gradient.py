@@ -3,11 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from algorithm_1 import RATE, SoftmaxRegression, flat, make
+from algorithm_1 import ALPHA, RATE, SoftmaxRegression, flat, make
+from frameworks import BACKEND
 from gelu_networks import GeluNetwork
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
+
+# Without a compiler JAX takes longer.
+QUICKEST = {} if BACKEND == "jax" else {"run_eagerly": True}
 
 
 def dense(inputs):
@@ -161,6 +165,37 @@ def test_unlabelled_examples_do_not_change_the_main_gradient(float64, rng):
 
 def zero_beta():
     return SubBatchPerturbation(beta=0.0, num_sub_batches=2)
+
+
+ONE_SLICE = {
+    "batch norm": (lambda x: of_layer(keras.layers.BatchNormalization())(x), "mse", True),
+    "centred": (lambda x: dense(x) - keras.ops.mean(dense(x), axis=0), "mse", False),
+    "dropout": (lambda x: of_layer(keras.layers.Dropout(0.5))(x), "mse", False),
+    "loss of the batch": (dense, centred_loss, True),
+    "own class": (dense, Centred(), False),
+    "sum": (dense, keras.losses.MeanSquaredError(reduction="sum"), False),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SLICE)
+def test_one_slice_is_the_whole_batch(float64, rng, name):
+    """One sub-batch gives the main gradient, and the moving statistics, of layers of Keras."""
+    outputs, loss, known = ONE_SLICE[name]
+    x, y = rng.normal(size=(8, 5)), rng.normal(size=(8, 3))
+    found = []
+    for main_gradient in ("auto", "full_batch"):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,))
+        model = RegularizedModel(inputs, outputs(inputs))
+        rule = SubBatchPerturbation(ALPHA, 1.0, num_sub_batches=1, main_gradient=main_gradient)
+        model.compile(keras.optimizers.SGD(RATE), loss, regularizer=rule, **QUICKEST)
+        assert rule.replaces_main_pass(model) == (known and main_gradient == "auto")
+        if known:
+            logs = model.fit(x, y, epochs=2, batch_size=5, verbose=0, shuffle=False).history
+            found.append([*logs["loss"], *logs["infomcr_reg"], *flat(model.get_weights())])
+    # The same is computed: only programs may round differently, in four steps.
+    if known:
+        np.testing.assert_allclose(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_full_batch_gives_the_main_gradient_of_an_overridden_call():

@@ -141,6 +141,11 @@ def add_to_gradient(gradient: jax.Array, term: jax.Array) -> jax.Array:
     return gradient + term
 
 
+def has_sparse_gradients() -> bool:
+    """Return `False`."""
+    return False
+
+
 def interpolated(start: jax.Array, end: jax.Array, share: jax.Array) -> jax.Array:
     """Return (1 - share) start + share end."""
     share = jax.numpy.asarray(share, start.dtype)

@@ -155,6 +155,11 @@ def add_to_gradient(gradient, term: tf.Tensor):
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
+def has_sparse_gradients() -> bool:
+    """Return `True`."""
+    return True
+
+
 def interpolated(start: tf.Tensor, end: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
     """Return (1 - share) start + share end."""
     share = tf.cast(share, start.dtype)

@@ -161,6 +161,11 @@ def add_to_gradient(gradient: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
     return gradient + term
 
 
+def has_sparse_gradients() -> bool:
+    """Return `False`."""
+    return False
+
+
 def interpolated(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Return (1 - share) start + share end."""
     return torch.lerp(start, end, keras.ops.cast(share, start.dtype))
