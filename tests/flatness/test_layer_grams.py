@@ -11,7 +11,7 @@ from oracles import ln_xi
 
 from keras_infomcr import backend
 from keras_infomcr.flatness import gamma_hat_by_layer
-from keras_infomcr.flatness.per_example import layer_grams
+from keras_infomcr.flatness.per_example import gradient_parts
 from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 
@@ -152,7 +152,7 @@ def test_channels_first(float64, data, no_rows):
 
 @pytest.mark.slow
 def test_kernels_in_parts(float64, data, no_rows, monkeypatch):
-    monkeypatch.setattr(layer_grams, "_ROW_BYTES", 1)  # an input feature at a time
+    monkeypatch.setattr(gradient_parts, "_ROW_BYTES", 1)  # an input feature at a time
     model = made(convolutions_2d())
     result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
     np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)

@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.loss.replaced import replaced
+from keras_infomcr.flatness.per_example.gradient_parts import gram_of_calls
 from keras_infomcr.flatness.per_example.layer_grams import KINDS
 from keras_infomcr.keras_internals import all_layers, is_rematerialized
 
@@ -162,15 +163,15 @@ def _calls_replaced(layers: list[keras.Layer], replacement: Callable) -> Iterato
 
 
 def _tap(layer: keras.Layer, names: list[str], inputs: Any, outputs: Any, probe: Any) -> Any:
-    grams_of = KINDS[type(layer)].grams_of(layer)
+    parts_of = KINDS[type(layer)].parts_of(layer)
 
     @ops.custom_gradient
     def identity(outputs, inputs, probe):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
             with backend.float64_allowed():
-                grams = grams_of(backend.delayed_until(inputs, upstream), upstream)
-                total = sum(grams[name]() for name in names)
+                parts = parts_of(backend.delayed_until(inputs, upstream), upstream)
+                total = sum(gram_of_calls([parts[name]()]) for name in names)
             none = ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)
             # One layer at a time, which saves memory: the gradients of the next layer wait until
             # this Gram matrix is computed.

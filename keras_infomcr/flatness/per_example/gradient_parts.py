@@ -1,0 +1,117 @@
+"""How the gradients of all examples by a weight are represented, and their Gram matrices.
+
+What a layer gives for a weight is a list of parts, each of which holds the gradients by other
+entries of the weight. A layer that is called several times gives such a list for each call, and the
+gradients are the sum of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_infomcr.flatness.per_example.gram import gram
+
+# The rows of all examples by a part of a kernel take at most so many bytes in float64. Kernels with
+# more entries are taken part by part: a whole Jacobian of a wide layer may not fit into memory.
+_ROW_BYTES = 2**28
+
+
+class Rows(NamedTuple):
+    """The gradients themselves.
+
+    Attributes:
+        rows: Array `[N, W]`.
+    """
+
+    rows: Any
+
+    def plus(self, other: "Rows") -> "Rows":
+        """Return the sum of two calls."""
+        return Rows(self.rows + other.rows)
+
+    def gram(self) -> Any:
+        """Return the Gram matrix, `[N, N]`, float64."""
+        return gram(self.rows)
+
+
+class Outer(NamedTuple):
+    """Sums over positions p of outer products: sum_p a_ip b_ip^T for each of several a.
+
+    Attributes:
+        columns: List of arrays `[N, P, I]`, the a_ip of each part of the weight, such as the inputs
+            that meet an entry of a convolution's kernel.
+        upstream: Array `[N, P, O]`, the b_ip, which all of them have in common.
+    """
+
+    columns: list
+    upstream: Any
+
+    def plus(self, other: "Outer") -> "Outer":
+        """Return the sum of two calls."""
+        columns = [ops.concatenate(both, axis=1) for both in zip(self.columns, other.columns)]
+        return Outer(columns, ops.concatenate([self.upstream, other.upstream], axis=1))
+
+    def gram(self) -> Any:
+        """Return the Gram matrix, `[N, N]`, float64."""
+        columns, upstream = self
+        n, p, o = upstream.shape
+        i = columns[0].shape[-1]
+        if p * p * (i + o) <= i * o and 8 * (n * p) ** 2 <= _ROW_BYTES:
+            # Few positions: J_i . J_j = sum_pq (a_ip . a_jq) (b_ip . b_jq) takes fewer operations
+            # than J, which is not formed.
+            of_columns = sum(gram(ops.reshape(c, (n * p, i))) for c in columns)
+            products = of_columns * gram(ops.reshape(upstream, (n * p, o)))
+            return ops.sum(ops.reshape(products, (n, p, n, p)), (1, 3))
+        # J itself, as many input channels of it at a time as fit into the limit.
+        width = max(1, _ROW_BYTES // (8 * n * o))
+        return sum(
+            gram(ops.reshape(ops.transpose(c[..., k : k + width], (0, 2, 1)) @ upstream, (n, -1)))
+            for c in columns
+            for k in range(0, i, width)
+        )
+
+
+class Kind(NamedTuple):
+    """A kind of layer.
+
+    Attributes:
+        parts_of: Function of a layer, called where its variables have the values of the forward
+            pass. It returns a function of the layer's inputs and the gradients by its outputs
+            before the activation, which returns for each weight's name a function of no arguments,
+            which returns a list of parts.
+        weights: Tuple of the names of the weights.
+    """
+
+    parts_of: Callable
+    weights: tuple[str, ...]
+
+
+def gram_of_calls(calls: list[list]) -> Any:
+    """Return the Gram matrix by a weight, `[N, N]`, float64.
+
+    Args:
+        calls: List of lists of parts, one for each call of the layer.
+    """
+    parts, *others = calls
+    for other in others:
+        parts = [part.plus(more) for part, more in zip(parts, other)]
+    return sum(part.gram() for part in parts)
+
+
+def affine_parts(columns: list, upstream: Any) -> dict[str, Callable]:
+    """Return functions that give the parts of a kernel and of a bias.
+
+    Args:
+        columns: List of arrays `[N, P, I]`, the a_ip of each entry of the kernel.
+        upstream: Array `[N, P, O]`, the b_ip.
+    """
+    return {
+        "kernel": lambda: [Outer(columns, upstream)],
+        "bias": lambda: [Rows(ops.sum(upstream, 1))],
+    }
+
+
+def by_position(array: Any) -> Any:
+    """Return an array `[N, ..., C]` as `[N, P, C]`."""
+    return ops.reshape(array, (array.shape[0], -1, array.shape[-1]))
