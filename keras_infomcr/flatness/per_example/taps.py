@@ -35,15 +35,14 @@ class Taps:
     def __init__(self, model: keras.Model):
         with backend.float64_allowed():
             double = backend.widest_float() == "float64"
-        # A subclass may do more than its base, a group of a convolution sees a part of the inputs,
-        # and float64 is needed for Gram matrices whose determinants are to be right.
+        # A subclass may do more than its base, and float64 is needed for Gram matrices whose
+        # determinants are to be right.
         self._known = [
             layer
             for layer in all_layers(model)
             if double
             and type(layer) in KINDS
             and layer.variable_dtype in ("float32", "float64")
-            and getattr(layer, "groups", 1) == 1
             and not is_rematerialized(layer)
         ]
         self._trainable = {id(v) for v in model.trainable_variables}
