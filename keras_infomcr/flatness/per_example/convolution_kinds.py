@@ -55,7 +55,7 @@ def _padding(
     return total // 2, total - total // 2
 
 
-_CONVOLUTION = Kind(_convolution, ("kernel", "bias"))
+_CONVOLUTION = Kind(_convolution, ("kernel", "bias"), lambda layer: layer.groups == 1)
 CONVOLUTIONS = {
     keras.layers.Conv1D: _CONVOLUTION,
     keras.layers.Conv2D: _CONVOLUTION,
