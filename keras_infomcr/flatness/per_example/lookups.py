@@ -43,7 +43,7 @@ class Lookups(NamedTuple):
             return _of_neighbours(rows, examples, upstream, n, width)
         starts = ops.concatenate([ops.ones((1,), "bool"), rows[1:] != rows[:-1]])
         runs = ops.cumsum(ops.cast(starts, "int32")) - 1
-        lengths = ops.segment_sum(ops.ones((n * p,), "int32"), runs, n * p, sorted=True)
+        lengths = ops.segment_sum(ops.ones((n * p,), "int32"), runs, n * p)
         often = ops.take(lengths, runs) > width
         few = ops.where(often[:, None], ops.zeros_like(upstream), upstream)
         numbers = ops.cumsum(ops.cast(ops.logical_and(starts, often), "int32")) - 1
