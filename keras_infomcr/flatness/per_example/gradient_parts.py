@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from keras_infomcr.flatness.per_example.gram import gram
@@ -83,10 +84,12 @@ class Kind(NamedTuple):
             before the activation, which returns for each weight's name a function of no arguments,
             which returns a list of parts.
         weights: Tuple of the names of the weights.
+        fits: Function of a built layer: whether it is of this kind, however it was set up.
     """
 
     parts_of: Callable
     weights: tuple[str, ...]
+    fits: Callable[[keras.Layer], bool] = lambda layer: True
 
 
 def gram_of_calls(calls: list[list]) -> Any:

@@ -1,47 +1,38 @@
 """The kinds of layers whose gradients of all examples follow from inputs and output gradients.
 
-The gradient of m_i by a kernel is J_i = sum_p a_ip b_ip^T over positions p, with a_ip the inputs of
-the layer at that position and b_ip the gradient of m_i by its outputs there.
+A kind is a function that gives the gradients by each weight, as the parts of `gradient_parts`, and
+a line in one of the tables that are merged here.
 """
 
-from collections.abc import Callable
-
 import keras
-from keras import ops
 
 from keras_infomcr.flatness.per_example.convolution_kinds import CONVOLUTIONS
-from keras_infomcr.flatness.per_example.gradient_parts import (
-    Kind,
-    Rows,
-    affine_parts,
-    by_position,
-)
+from keras_infomcr.flatness.per_example.einsum_kinds import EINSUMS
+from keras_infomcr.flatness.per_example.embedding_kinds import EMBEDDINGS
+from keras_infomcr.flatness.per_example.gradient_parts import Kind
+from keras_infomcr.flatness.per_example.normalization_kinds import NORMALIZATIONS
+
+KINDS = EINSUMS | CONVOLUTIONS | NORMALIZATIONS | EMBEDDINGS
+
+# What a subclass may define anew, besides what its base lacks: no part of a call.
+_HARMLESS = {"build", "compute_output_shape", "compute_output_spec", "from_config", "get_config"}
+_OF_CALLS = {"__call__", "__getattr__", "__getattribute__"}
 
 
-def _dense(layer: keras.layers.Dense) -> Callable:
-    return lambda inputs, upstream: affine_parts([by_position(inputs)], by_position(upstream))
+def kind_of(layer: keras.Layer) -> Kind | None:
+    """Return the kind of a layer, `None` if it is not known or not built.
+
+    A subclass is of its base's kind if it replaces nothing that takes part in a call.
+    """
+    base = next((cls for cls in type(layer).__mro__ if cls in KINDS), None)
+    if base is None or not layer.built or "call" in vars(layer):
+        return None
+    added = type(layer).__mro__[: type(layer).__mro__.index(base)]
+    changed = any(_matters(name, base) for cls in added for name in vars(cls))
+    return KINDS[base] if not changed and KINDS[base].fits(layer) else None
 
 
-def _batch_normalization(layer: keras.layers.BatchNormalization) -> Callable:
-    # In inference mode, in which the statistics are constants. Arrays, not the layer itself:
-    # TensorFlow never forgets a gradient function, nor the objects that it refers to, and would
-    # keep the model alive.
-    axis, mean = layer.axis, layer.moving_mean.value
-    scale = ops.rsqrt(layer.moving_variance.value + layer.epsilon)
-
-    def parts(inputs, upstream):
-        rest = [k for k in range(1, inputs.ndim) if k != axis % inputs.ndim]
-        bias = ops.sum(upstream, rest)
-        return {
-            "gamma": lambda: [Rows(scale * (ops.sum(inputs * upstream, rest) - mean * bias))],
-            "beta": lambda: [Rows(bias)],
-        }
-
-    return parts
-
-
-KINDS = {
-    keras.layers.Dense: Kind(_dense, ("kernel", "bias")),
-    keras.layers.BatchNormalization: Kind(_batch_normalization, ("gamma", "beta")),
-    **CONVOLUTIONS,
-}
+def _matters(name: str, base: type) -> bool:
+    if name.startswith("__"):
+        return name in _OF_CALLS
+    return hasattr(base, name) and name not in _HARMLESS
