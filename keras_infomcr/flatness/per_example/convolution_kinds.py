@@ -1,10 +1,12 @@
 """The gradients by the weights of convolutions and of PReLU, which often follows them."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_infomcr.flatness.per_example.gradient_parts import Kind, Outer, Rows, by_position
@@ -100,6 +102,25 @@ def _transposed_convolution(layer: keras.Layer) -> Callable:
     return parts
 
 
+def _is_transposed(layer: keras.Layer) -> bool:
+    """Return whether the outputs are cut where a convolution would have padded its inputs.
+
+    Old versions of Keras cut some of them at the other end on torch.
+    """
+    window, sizes = _Window.of(layer), [3] * len(layer.kernel_size)
+    inputs, kernel = _numbers(1, *sizes, 1), _numbers(*layer.kernel_size, 1, 1)
+    settings = layer.strides, layer.padding, layer.output_padding
+    outputs = ops.conv_transpose(inputs, kernel, *settings, "channels_last", layer.dilation_rate)
+    upstream = _numbers(*outputs.shape)
+    slopes = [float(ops.sum(inputs * column)) for column in window.slices(upstream, sizes)]
+    expected = np.ravel(ops.convert_to_numpy(kernel)) @ slopes
+    return np.isclose(float(ops.sum(upstream * outputs)), expected, rtol=0, atol=1e-3)
+
+
+def _numbers(*shape: int) -> Any:
+    return ops.cos(ops.reshape(ops.arange(math.prod(shape), dtype="float32"), shape))
+
+
 def _depthwise_convolution(layer: keras.Layer) -> Callable:
     window = _Window.of(layer)
     return lambda inputs, upstream: {"kernel": lambda: [_by_depth(window, inputs, upstream)]}
@@ -107,8 +128,8 @@ def _depthwise_convolution(layer: keras.Layer) -> Callable:
 
 def _by_depth(window: _Window, inputs: Any, upstream: Any) -> Rows:
     """Return the gradients by a depthwise kernel."""
-    n, *sizes, channels = upstream.shape
-    if channels != inputs.shape[-1]:  # several outputs of each channel of the inputs
+    _, *sizes, channels = upstream.shape
+    if channels != inputs.shape[-1]:  # several channels of the outputs for each of the inputs
         inputs = ops.repeat(inputs, channels // inputs.shape[-1], axis=-1)
     positions = list(range(1, 1 + len(sizes)))
     rows = [ops.sum(column * upstream, positions) for column in window.slices(inputs, sizes)]
@@ -139,12 +160,13 @@ def _separable_convolution(layer: keras.Layer) -> Callable:
     return parts
 
 
-def _kind(parts_of: Callable, *weights: str) -> Kind:
+def _kind(parts_of: Callable, *weights: str, fits: Callable = lambda layer: True) -> Kind:
     """Return a kind of convolution.
 
     Args:
         parts_of: As for `Kind`, for all weights but the bias, and for channels last.
         *weights: Their names.
+        fits: As for `Kind`.
     """
 
     def parts_of_all(layer):
@@ -161,7 +183,7 @@ def _kind(parts_of: Callable, *weights: str) -> Kind:
 
         return parts_and_bias
 
-    return Kind(parts_of_all, (*weights, "bias"))
+    return Kind(parts_of_all, (*weights, "bias"), fits)
 
 
 def _prelu(layer: keras.layers.PReLU) -> Callable:
@@ -179,7 +201,7 @@ def _prelu(layer: keras.layers.PReLU) -> Callable:
 _CONVOLUTION = _kind(_convolution, "kernel")
 _DEPTHWISE = _kind(_depthwise_convolution, "kernel")
 _SEPARABLE = _kind(_separable_convolution, "depthwise_kernel", "pointwise_kernel")
-_TRANSPOSED = _kind(_transposed_convolution, "kernel")
+_TRANSPOSED = _kind(_transposed_convolution, "kernel", fits=_is_transposed)
 CONVOLUTIONS = {
     keras.layers.Conv1D: _CONVOLUTION,
     keras.layers.Conv2D: _CONVOLUTION,

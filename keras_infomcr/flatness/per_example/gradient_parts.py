@@ -104,19 +104,6 @@ def gram_of_calls(calls: list[list]) -> Any:
     return sum(part.gram() for part in parts)
 
 
-def affine_parts(columns: list, upstream: Any) -> dict[str, Callable]:
-    """Return functions that give the parts of a kernel and of a bias.
-
-    Args:
-        columns: List of arrays `[N, P, I]`, the a_ip of each entry of the kernel.
-        upstream: Array `[N, P, O]`, the b_ip.
-    """
-    return {
-        "kernel": lambda: [Outer(columns, upstream)],
-        "bias": lambda: [Rows(ops.sum(upstream, 1))],
-    }
-
-
 def by_position(array: Any) -> Any:
     """Return an array `[N, ..., C]` as `[N, P, C]`."""
     return ops.reshape(array, (array.shape[0], -1, array.shape[-1]))
