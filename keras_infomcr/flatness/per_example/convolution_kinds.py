@@ -47,29 +47,41 @@ class _Window(NamedTuple):
             for size, kernel, axis in zip(array.shape[1:-1], self.kernel_size, axes)
         ]
         array = ops.pad(array, [(0, 0), *zeros, (0, 0)])
+        # TensorFlow takes ten times as long for slices in strides.
+        phases = [
+            (size,) if stride == 1 else (size // stride, stride)
+            for size, stride in zip(array.shape[1:-1], self.strides)
+        ]
+        array = ops.reshape(array, (array.shape[0], *itertools.chain(*phases), array.shape[-1]))
         return [
-            array[(slice(None), *map(_seen, entry, axes))]
+            array[(slice(None), *itertools.chain(*map(_seen, entry, axes)))]
             for entry in itertools.product(*map(range, self.kernel_size))
         ]
 
 
-def _seen(k: int, axis: tuple[int, int, int]) -> slice:
-    """Return the positions of an axis that the kernel's entry `k` meets."""
+def _seen(k: int, axis: tuple[int, int, int]) -> tuple:
+    """Return the positions of an axis that the kernel's entry `k` meets, and their phase."""
     size, stride, dilation = axis
-    return slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
+    start, phase = divmod(k * dilation, stride)
+    positions = slice(start, start + size)
+    return (positions,) if stride == 1 else (positions, phase)
 
 
 def _padding(
     padding: str, size: int, kernel: int, num_moves: int, stride: int, dilation: int
 ) -> tuple[int, int]:
-    """Return the numbers of zeros before and after the positions of an axis."""
+    """Return the numbers of zeros before and after the positions of an axis.
+
+    With them, the length of the axis is a multiple of the stride.
+    """
     reach = (kernel - 1) * dilation
+    before = 0
     if padding == "causal":
-        return reach, 0
-    if padding == "valid":
-        return 0, 0
-    total = max((num_moves - 1) * stride + reach + 1 - size, 0)
-    return total // 2, total - total // 2
+        before = reach
+    elif padding == "same":
+        before = max((num_moves - 1) * stride + reach + 1 - size, 0) // 2
+    needed = max((num_moves - 1) * stride + reach + 1, before + size)
+    return before, needed + -needed % stride - before - size
 
 
 def _convolution(layer: keras.Layer) -> Callable:
