@@ -87,6 +87,7 @@ def _einsum(layer: keras.Layer) -> Callable:
 
 def _adapters(layer: keras.Layer) -> Callable:
     """Return what gives the parts of the two factors of low rank that are added to a kernel."""
+    # Float32, whatever the dtype of the layer.
     down, up = layer.lora_kernel_a.value, layer.lora_kernel_b.value
     scale = layer.lora_alpha / layer.lora_rank
 
@@ -99,11 +100,13 @@ def _adapters(layer: keras.Layer) -> Callable:
 
         def of_down():
             equation = f"{axes.outputs},{rank}{last}->{hidden}"
-            return to_hidden.outer_products(inputs, scale * ops.einsum(equation, upstream, up))
+            of_hidden = ops.einsum(equation, upstream, ops.cast(up, upstream.dtype))
+            return to_hidden.outer_products(inputs, scale * of_hidden)
 
         def of_up():
             equation = f"{to_hidden.inputs},{to_hidden.kernel}->{hidden}"
-            return from_hidden.outer_products(ops.einsum(equation, inputs, down), scale * upstream)
+            outputs = ops.einsum(equation, inputs, ops.cast(down, inputs.dtype))
+            return from_hidden.outer_products(outputs, scale * upstream)
 
         return {"lora_kernel_a": of_down, "lora_kernel_b": of_up}
 
