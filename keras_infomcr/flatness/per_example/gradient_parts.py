@@ -5,6 +5,7 @@ entries of the weight. A layer that is called several times gives such a list fo
 gradients are the sum of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ class Outer(NamedTuple):
 
     Attributes:
         columns: List of arrays `[N, P, I]`, the a_ip of each part of the weight, such as the inputs
-            that meet an entry of a convolution's kernel.
+            that meet an entry of a convolution's kernel. Several groups of channels, which do not
+            meet each other, are an axis before that of the positions.
         upstream: Array `[N, P, O]`, the b_ip, which all of them have in common.
     """
 
@@ -50,24 +52,24 @@ class Outer(NamedTuple):
 
     def plus(self, other: "Outer") -> "Outer":
         """Return the sum of two calls."""
-        columns = [ops.concatenate(both, axis=1) for both in zip(self.columns, other.columns)]
-        return Outer(columns, ops.concatenate([self.upstream, other.upstream], axis=1))
+        columns = [ops.concatenate(both, axis=-2) for both in zip(self.columns, other.columns)]
+        return Outer(columns, ops.concatenate([self.upstream, other.upstream], axis=-2))
 
     def gram(self) -> Any:
         """Return the Gram matrix, `[N, N]`, float64."""
         columns, upstream = self
-        n, p, o = upstream.shape
+        n, *groups, p, o = upstream.shape
         i = columns[0].shape[-1]
-        if p * p * (i + o) <= i * o and 8 * (n * p) ** 2 <= _ROW_BYTES:
+        if not groups and p * p * (i + o) <= i * o and 8 * (n * p) ** 2 <= _ROW_BYTES:
             # Few positions: J_i . J_j = sum_pq (a_ip . a_jq) (b_ip . b_jq) takes fewer operations
             # than J, which is not formed.
             of_columns = sum(gram(ops.reshape(c, (n * p, i))) for c in columns)
             products = of_columns * gram(ops.reshape(upstream, (n * p, o)))
             return ops.sum(ops.reshape(products, (n, p, n, p)), (1, 3))
         # J itself, as many input channels of it at a time as fit into the limit.
-        width = max(1, _ROW_BYTES // (8 * n * o))
+        width = max(1, _ROW_BYTES // (8 * n * o * math.prod(groups)))
         return sum(
-            gram(ops.reshape(ops.transpose(c[..., k : k + width], (0, 2, 1)) @ upstream, (n, -1)))
+            gram(ops.reshape(ops.swapaxes(c[..., k : k + width], -1, -2) @ upstream, (n, -1)))
             for c in columns
             for k in range(0, i, width)
         )
@@ -100,19 +102,6 @@ def gram_of_calls(calls: list[list]) -> Any:
     for other in others:
         parts = [part.plus(more) for part, more in zip(parts, other)]
     return sum(part.gram() for part in parts)
-
-
-def affine_parts(columns: list, upstream: Any) -> dict[str, Callable]:
-    """Return functions that give the parts of a kernel and of a bias.
-
-    Args:
-        columns: List of arrays `[N, P, I]`, the a_ip of each entry of the kernel.
-        upstream: Array `[N, P, O]`, the b_ip.
-    """
-    return {
-        "kernel": lambda: [Outer(columns, upstream)],
-        "bias": lambda: [Rows(ops.sum(upstream, 1))],
-    }
 
 
 def by_position(array: Any) -> Any:
