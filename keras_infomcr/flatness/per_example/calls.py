@@ -91,8 +91,10 @@ class Calls:
                 self.read_elsewhere.add(id(variable))
             return value_of(variable)
 
-        scope.get_current_value = noting_value
-        with calls_before_activations(layers, noting_call):
+        with (
+            replaced(scope, "get_current_value", noting_value),
+            calls_before_activations(layers, noting_call),
+        ):
             yield
         self._evaluations.append(forms)
         self._first_rows.append(rows)

@@ -11,9 +11,6 @@ from keras import ops
 
 from keras_infomcr.flatness.per_example.gradient_parts import Kind, Outer, Rows
 
-# A kernel of more groups, each of which sees inputs of its own, is not cut into them.
-_MOST_GROUPS = 64
-
 
 class _Equation(NamedTuple):
     """The axes of inputs, kernel and outputs as strings of letters, the first that of the batch."""
@@ -30,11 +27,6 @@ class _Equation(NamedTuple):
         inputs, rest = equation.replace("...", "".join(unused[:num_elided])).split(",")
         return cls(inputs, *rest.split("->"))
 
-    @property
-    def shared(self) -> str:
-        """The axes that number the groups of the kernel: they are axes of the outputs too."""
-        return "".join(a for a in self.kernel if a in self.inputs and a in self.outputs)
-
     def is_known(self) -> bool:
         """Return whether the gradients of the examples are sums of outer products."""
         inputs, kernel, outputs = map(set, self)
@@ -44,13 +36,15 @@ class _Equation(NamedTuple):
         return each_once and of_batch and kernel <= inputs | outputs and outputs <= inputs | kernel
 
     def outer_products(self, inputs: Any, upstream: Any) -> list[Outer]:
-        """Return the gradients by the kernel, one part for each of its groups."""
+        """Return the gradients by the kernel."""
+        # Axes of all three number groups of the kernel, each of which sees inputs of its own.
+        grouping = [a for a in self.kernel if a in self.inputs and a in self.outputs]
+        groups = [grouping] if grouping else []
         positions = [a for a in self.outputs[1:] if a not in self.kernel]
         contracted = [a for a in self.kernel if a not in self.outputs]
         free = [a for a in self.kernel if a not in self.inputs]
-        inputs = _arranged(inputs, self.inputs, self.shared, positions, contracted)
-        upstream = _arranged(upstream, self.outputs, self.shared, positions, free)
-        return [Outer([inputs[:, g]], upstream[:, g]) for g in range(upstream.shape[1])]
+        inputs = _arranged(inputs, self.inputs, *groups, positions, contracted)
+        return [Outer([inputs], _arranged(upstream, self.outputs, *groups, positions, free))]
 
 
 def _arranged(array: Any, axes: str, *groups: Any) -> Any:
@@ -87,6 +81,7 @@ def _einsum(layer: keras.Layer) -> Callable:
 
 def _adapters(layer: keras.Layer) -> Callable:
     """Return what gives the parts of the two factors of low rank that are added to a kernel."""
+    # Float32, whatever the dtype of the layer.
     down, up = layer.lora_kernel_a.value, layer.lora_kernel_b.value
     scale = layer.lora_alpha / layer.lora_rank
 
@@ -99,11 +94,13 @@ def _adapters(layer: keras.Layer) -> Callable:
 
         def of_down():
             equation = f"{axes.outputs},{rank}{last}->{hidden}"
-            return to_hidden.outer_products(inputs, scale * ops.einsum(equation, upstream, up))
+            of_hidden = ops.einsum(equation, upstream, ops.cast(up, upstream.dtype))
+            return to_hidden.outer_products(inputs, scale * of_hidden)
 
         def of_up():
             equation = f"{to_hidden.inputs},{to_hidden.kernel}->{hidden}"
-            return from_hidden.outer_products(ops.einsum(equation, inputs, down), scale * upstream)
+            outputs = ops.einsum(equation, inputs, ops.cast(down, inputs.dtype))
+            return from_hidden.outer_products(outputs, scale * upstream)
 
         return {"lora_kernel_a": of_down, "lora_kernel_b": of_up}
 
@@ -115,15 +112,11 @@ def _equation_of(layer: keras.Layer) -> str:
 
 
 def _fits(layer: keras.Layer) -> bool:
-    """Return whether gradients are outer products of few groups, those of the adapters too."""
+    """Return whether gradients are outer products, those of the adapters too."""
     axes = _Equation.of(_equation_of(layer))
-    sizes = dict(zip(axes.kernel, layer.kernel.shape))
-    few = math.prod(sizes[a] for a in axes.shared) <= _MOST_GROUPS
     last_is_free = axes.kernel[-1] not in axes.inputs
     bias_of_batch = axes.inputs[0] in (getattr(layer, "bias_axes", "") or "")
-    return (
-        axes.is_known() and few and (last_is_free or not layer.lora_enabled) and not bias_of_batch
-    )
+    return axes.is_known() and (last_is_free or not layer.lora_enabled) and not bias_of_batch
 
 
 _EINSUM = Kind(_einsum, ("kernel", "bias", "lora_kernel_a", "lora_kernel_b"), _fits)

@@ -32,14 +32,19 @@ def _embedding(layer: keras.layers.Embedding) -> Callable:
 
 def _adapters(layer: keras.layers.Embedding) -> Callable:
     """Return what gives the parts of the two factors of low rank that are added to a table."""
+    # Float32, whatever the dtype of the layer.
     down, up = layer.lora_embeddings_a.value, layer.lora_embeddings_b.value
     scale = layer.lora_alpha / layer.lora_rank
 
     def parts(rows, upstream):
-        return {
-            "lora_embeddings_a": lambda: [Lookups(rows, scale * upstream @ ops.transpose(up))],
-            "lora_embeddings_b": lambda: [Outer([ops.take(down, rows, axis=0)], scale * upstream)],
-        }
+        def of_down():
+            return [Lookups(rows, scale * upstream @ ops.transpose(ops.cast(up, upstream.dtype)))]
+
+        def of_up():
+            columns = ops.cast(ops.take(down, rows, axis=0), upstream.dtype)
+            return [Outer([columns], scale * upstream)]
+
+        return {"lora_embeddings_a": of_down, "lora_embeddings_b": of_up}
 
     return parts
 

@@ -66,10 +66,10 @@ class TrialGrams:
 
     def _ways_with(self, taps: Taps) -> "_Ways":
         """Return the ways to the Gram matrices by the weights with taps, and by the others."""
-        precisions = (float(np.finfo(x.variable_dtype).eps) for x in taps.layers)
-        self.epsilon = max((self.epsilon, *precisions))
-        tapped = [id(v) for layer in taps.layers for v in taps.weights(layer)]
-        rest = [k for k, v in enumerate(self._weights) if id(v) not in tapped]
+        tapped = [v for layer in taps.layers for v in taps.weights(layer)]
+        self.epsilon = max((self.epsilon, *(float(np.finfo(v.dtype).eps) for v in tapped)))
+        known = {id(v) for v in tapped}
+        rest = [k for k, v in enumerate(self._weights) if id(v) not in known]
         sizes = [math.prod(self._weights[k].shape) for k in rest]
         groups = _grouped(sizes, _ROW_BYTES // (4 * self._num_examples))
         groups = [[rest[i] for i in group] for group in groups]
