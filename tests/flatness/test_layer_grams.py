@@ -95,7 +95,8 @@ def normalizations():
         layers.Reshape((5, 12)),
         layers.LayerNormalization(),
         layers.LayerNormalization(axis=[2, 1], center=False),
-        layers.LayerNormalization(axis=1, scale=False),
+        # Keras fails on torch where the last axis is not among those normalised.
+        layers.LayerNormalization(axis=2 if BACKEND == "torch" else 1, scale=False),
         layers.RMSNormalization(),
         layers.RMSNormalization(axis=(1, 2)),
         layers.GroupNormalization(3, epsilon=0.1),

@@ -20,17 +20,22 @@ class Form(NamedTuple):
         inputs: Tuple, the shape of an example's inputs.
         outputs: Tuple, the shape of an example's outputs.
         dtype: String, the outputs' dtype.
+        has_batch: Boolean, whether an axis of the examples comes first. Else all examples share
+            what is computed, as with an embedding of positions.
     """
 
     inputs: tuple
     outputs: tuple
     dtype: str
+    has_batch: bool
 
     @classmethod
-    def of(cls, inputs: Any, outputs: Any) -> "Form":
-        """Return the form of a call."""
+    def of(cls, inputs: Any, outputs: Any, num_examples: int) -> "Form":
+        """Return the form of a call in an evaluation of so many examples."""
         dtype = keras.backend.standardize_dtype(outputs.dtype)
-        return cls(tuple(inputs.shape[1:]), tuple(outputs.shape[1:]), dtype)
+        has_batch = inputs.shape[0] == outputs.shape[0] == num_examples
+        first = 1 if has_batch or inputs.shape[0] == outputs.shape[0] == 1 else 0
+        return cls(tuple(inputs.shape[first:]), tuple(outputs.shape[first:]), dtype, has_batch)
 
 
 class Calls:
@@ -46,7 +51,7 @@ class Calls:
         self.read_elsewhere = set()
         self._readers = {}
         self._evaluations = []  # for each layer a list of forms, or `None` for unusual calls
-        self._first_rows = []
+        self._arrays = []
 
     @contextlib.contextmanager
     def noting(
@@ -59,7 +64,7 @@ class Calls:
             scope: The `keras.StatelessScope` of the evaluation.
             num_examples: Integer, the examples of the evaluation.
         """
-        forms, rows = collections.defaultdict(list), collections.defaultdict(list)
+        forms, seen = collections.defaultdict(list), collections.defaultdict(list)
         inside = [None]
 
         def noting_call(layer, call):
@@ -71,13 +76,12 @@ class Calls:
                     inside.pop()
                 arrays = args[0] if args else None, outputs
                 # What is traced may be a loop's body, which runs more often than it is called.
-                of_all = not backend.is_traced(outputs) and all(
-                    _has_rows(array, num_examples) for array in arrays
-                )
+                known = not backend.is_traced(outputs) and all(map(_is_dense, arrays))
                 # A second argument would be `training` or a mask.
-                usual = of_all and len(args) == 1 and not kwargs.get("training")
-                forms[layer].append(Form.of(*arrays) if usual else None)
-                rows[layer].append([ops.convert_to_numpy(a[0]) for a in arrays] if of_all else [])
+                usual = known and len(args) == 1 and not kwargs.get("training")
+                forms[layer].append(Form.of(*arrays, num_examples) if usual else None)
+                of_all = known and all(array.shape[0] == num_examples for array in arrays)
+                seen[layer].append([ops.convert_to_numpy(a) for a in arrays] if of_all else [])
                 return outputs
 
             return noted
@@ -97,38 +101,53 @@ class Calls:
         ):
             yield
         self._evaluations.append(forms)
-        self._first_rows.append(rows)
+        self._arrays.append(seen)
 
     def forms(self, layer: keras.Layer) -> list[Form]:
         """Return the forms of the calls of a layer; an empty list if they are unusual."""
         first, *others = (forms[layer] for forms in self._evaluations)
-        return [] if None in first or any(other != first for other in others) else first
+        alike = None not in first and all(other == first for other in others)
+        return first if alike and all(form.has_batch for form in first) else []
 
-    def coupled(self) -> bool:
-        """Return whether a layer saw another first example in one evaluation than in another.
+    def shared_form(self, layer: keras.Layer) -> Form | None:
+        """Return the form of the one call of a layer, if all examples share what it computes."""
+        forms = [form for forms in self._evaluations for form in forms[layer]]
+        once = len(forms) == len(self._evaluations) > 1 and None not in forms
+        # In an evaluation of one example, its axis might be that of the examples.
+        shared = once and not forms[-1].has_batch and len({form[:-1] for form in forms}) == 1
+        return forms[-1] if shared else None
+
+    def differ(self, one: int = 0, other: int = 1, row: int = 0) -> bool:
+        """Return whether a layer saw another example in one evaluation than in another.
 
         Rounding is a thousand times smaller than the limit, the effect of a layer that couples
         examples is larger.
+
+        Args:
+            one: Integer, the number of an evaluation.
+            other: Integer, that of the other.
+            row: Integer, the example's number in both.
         """
-        first, *others = self._first_rows
+        if len(self._arrays) < 2:
+            return False
+        some, others = self._arrays[one], self._arrays[other]
         with np.errstate(invalid="ignore"):
             return any(
-                np.max(np.abs(array - same)) > 1e-3 * np.max(np.abs(array))
-                for rows in others
-                for layer in rows
-                for arrays, again in zip(first[layer], rows[layer])
+                np.max(np.abs(array[row] - same[row])) > 1e-3 * np.max(np.abs(array[row]))
+                for layer in others
+                for arrays, again in zip(some[layer], others[layer])
                 for array, same in zip(arrays, again)
-                if array.shape == same.shape and array.size
+                if array.shape[1:] == same.shape[1:] and array[row].size
             )
 
     def forget_arrays(self) -> None:
-        """Drop the arrays that `coupled` compares: the taps live as long as the model."""
-        self._first_rows.clear()
+        """Drop the arrays that `differ` compares: the taps live as long as the model."""
+        self._arrays.clear()
 
 
-def _has_rows(array: Any, count: int) -> bool:
+def _is_dense(array: Any) -> bool:
     # Sparse inputs have no `ndim`.
-    return getattr(array, "ndim", 0) > 0 and array.shape[0] == count
+    return getattr(array, "ndim", 0) > 0
 
 
 @contextlib.contextmanager

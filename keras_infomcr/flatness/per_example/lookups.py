@@ -43,7 +43,7 @@ class Lookups(NamedTuple):
             return _of_neighbours(rows, examples, upstream, n, width)
         starts = ops.concatenate([ops.ones((1,), "bool"), rows[1:] != rows[:-1]])
         runs = ops.cumsum(ops.cast(starts, "int32")) - 1
-        lengths = ops.segment_sum(ops.ones((n * p,), "int32"), runs, n * p)
+        lengths = backend.sum_by_number(ops.ones((n * p,), "int32"), runs, n * p)
         often = ops.take(lengths, runs) > width
         few = ops.where(often[:, None], ops.zeros_like(upstream), upstream)
         numbers = ops.cumsum(ops.cast(ops.logical_and(starts, often), "int32")) - 1
@@ -58,7 +58,7 @@ def _of_gathered(numbers: Any, examples: Any, upstream: Any, n: int, count: int)
     places, together = examples * count + numbers, max(1, _BYTES // (8 * n * count))
     total = 0
     for k in range(0, upstream.shape[1], together):
-        found = ops.segment_sum(upstream[:, k : k + together], places, n * count)
+        found = backend.sum_by_number(upstream[:, k : k + together], places, n * count)
         total = total + gram(ops.reshape(found, (n, -1)))
     return total
 
@@ -91,5 +91,5 @@ def _products(some: list, others: list, n: int) -> Any:
     same = rows[:, :, None] == other_rows[:, None, :]
     products = ops.where(same, products, ops.zeros_like(products))
     places = examples[:, :, None] * n + other_examples[:, None, :]
-    sums = ops.segment_sum(ops.reshape(products, (-1,)), ops.reshape(places, (-1,)), n * n)
+    sums = backend.sum_by_number(ops.reshape(products, (-1,)), ops.reshape(places, (-1,)), n * n)
     return ops.reshape(sums, (n, n))

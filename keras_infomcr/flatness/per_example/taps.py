@@ -45,6 +45,9 @@ class Taps:
 
     Attributes:
         layers: List of the layers. Every evaluation within `noting` may shorten it.
+        kinds: Dictionary of all layers of known kinds, with their `Kind`.
+        shared: Dictionary of the layers without a tap that compute something once, for all examples
+            together, with the `Form` of the call.
     """
 
     def __init__(self, model: keras.Model):
@@ -58,10 +61,12 @@ class Taps:
             and layer.variable_dtype in ("float32", "float64")
             and not is_rematerialized(layer)
         }
-        self._kinds = {layer: kind for layer, kind in known.items() if kind}
+        self.kinds = {layer: kind for layer, kind in known.items() if kind}
         self._trainable = {id(v) for v in model.trainable_variables}
         self._calls = Calls()
-        self.layers = list(self._kinds)
+        self.layers = list(self.kinds)
+        self.shared = {}
+        self._repeated = {}
 
     def without(self, layers: list[keras.Layer]) -> "Taps":
         """Return taps of all layers but some."""
@@ -71,7 +76,22 @@ class Taps:
 
     def drop_all(self) -> None:
         """Tap no layer, where the gradients of single examples are formed for all weights."""
-        self.layers = []
+        self.layers, self.shared = [], {}
+
+    def without_shared(self) -> "Taps":
+        """Return taps of the layers in `layers` alone."""
+        taps = copy.copy(self)
+        taps.shared = {}
+        return taps
+
+    def with_shared(self) -> "Taps":
+        """Return taps of the layers in `shared` too, whose outputs are repeated for each example.
+
+        This is right where nothing of an example meets what was repeated for another.
+        """
+        taps = copy.copy(self)
+        taps.layers, taps.shared, taps._repeated = [*self.layers, *self.shared], {}, self.shared
+        return taps
 
     @contextlib.contextmanager
     def noting(self, scope: keras.StatelessScope, num_examples: int) -> Iterator[None]:
@@ -81,16 +101,21 @@ class Taps:
             scope: The `keras.StatelessScope` of the evaluation.
             num_examples: Integer, the examples of the evaluation.
         """
-        with self._calls.noting(self._kinds, scope, num_examples):
+        with self._calls.noting(self.kinds, scope, num_examples):
             yield
         self.layers = [x for x in self.layers if self._calls.forms(x) and self._names(x)]
+        self.shared = {
+            x: self._calls.shared_form(x)
+            for x in self.kinds
+            if self._calls.shared_form(x) and self._names(x)
+        }
 
     def coupled(self) -> bool:
         """Return whether a layer saw another first example in one evaluation than in another."""
-        return self._calls.coupled()
+        return self._calls.differ()
 
     def forget_evaluations(self) -> None:
-        """Drop the arrays that `coupled` compares: the taps live as long as the model."""
+        """Drop the arrays that were compared: the taps live as long as the model."""
         self._calls.forget_arrays()
 
     def weights(self, layer: keras.Layer) -> list[keras.Variable]:
@@ -98,15 +123,18 @@ class Taps:
         return [getattr(layer, name) for name in self._names(layer)]
 
     def _names(self, layer: keras.Layer) -> list[str]:
-        values = {name: getattr(layer, name, None) for name in self._kinds[layer].weights}
+        values = {name: getattr(layer, name, None) for name in self.kinds[layer].weights}
         taken = self._trainable - self._calls.read_elsewhere
         return [k for k, v in values.items() if isinstance(v, keras.Variable) and id(v) in taken]
+
+    def _forms(self, layer: keras.Layer) -> list[Form]:
+        return [self._repeated[layer]] if layer in self._repeated else self._calls.forms(layer)
 
     def probes(self, num_examples: int) -> list:
         """Return zeros for all taps, as a flat list of arrays."""
         probes = []
         for layer in self.layers:
-            first, *others = self._calls.forms(layer)
+            first, *others = self._forms(layer)
             if not others:
                 with backend.float64_allowed():
                     probes.append(ops.zeros((num_examples, num_examples), "float64"))
@@ -120,7 +148,7 @@ class Taps:
 
     def _of_layers(self, arrays: list) -> dict[keras.Layer, list]:
         """Return arrays for all taps by their layers."""
-        arrays, counts = iter(arrays), {x: len(self._calls.forms(x)) for x in self.layers}
+        arrays, counts = iter(arrays), {x: len(self._forms(x)) for x in self.layers}
         return {
             layer: [next(arrays) for _ in range(1 if count == 1 else 2 * count)]
             for layer, count in counts.items()
@@ -140,29 +168,33 @@ class Taps:
         changed = set()
 
         def tapped_call(layer, call):
-            forms, probes = self._calls.forms(layer), of_layers[layer]
+            forms, probes = self._forms(layer), of_layers[layer]
 
             def tapped(*args, **kwargs):
-                outputs, number = call(*args, **kwargs), num_calls[layer]
-                num_calls[layer] += 1
-                if number >= len(forms) or not _fits(forms[number], args[0], outputs):
+                inputs, outputs = args[0], call(*args, **kwargs)
+                number, num_calls[layer] = num_calls[layer], num_calls[layer] + 1
+                if layer in self._repeated:
+                    count = probes[0].shape[0]
+                    inputs = repeated(inputs, forms[0].inputs, count)
+                    outputs = repeated(outputs, forms[0].outputs, count)
+                if number >= len(forms) or not _fits(forms[number], inputs, outputs):
                     changed.add(layer)
                     return outputs
                 if len(forms) > 1:
-                    return _noting_tap(args[0], outputs, *probes[2 * number : 2 * number + 2])
-                return _tap(self._gram_of(layer), args[0], outputs, *probes)
+                    return _noting_tap(inputs, outputs, *probes[2 * number : 2 * number + 2])
+                return _tap(self._gram_of(layer), inputs, outputs, *probes)
 
             return tapped
 
         with calls_before_activations(self.layers, tapped_call):
             yield
-        changed |= {x for x in self.layers if num_calls[x] != len(self._calls.forms(x))}
+        changed |= {x for x in self.layers if num_calls[x] != len(self._forms(x))}
         if changed:
             raise CallsChangedError(list(changed))
 
     def _gram_of(self, layer: keras.Layer) -> Callable[[list], Any]:
         """Return a function of inputs and output gradients of the calls: the Gram matrix."""
-        parts_of, names = self._kinds[layer].parts_of(layer), self._names(layer)
+        parts_of, names = self.kinds[layer].parts_of(layer), self._names(layer)
 
         def gram(calls):
             with backend.float64_allowed():
@@ -185,6 +217,11 @@ class Taps:
     def _gram_of_all(self, layer: keras.Layer, found: list) -> Any:
         calls = [call for call in zip(found[::2], found[1::2]) if call[1] is not None]
         return self._gram_of(layer)(calls) if calls else None
+
+
+def repeated(array: Any, shape: tuple, count: int) -> Any:
+    """Return an array of some shape, or with an axis of one example before it, for each example."""
+    return ops.broadcast_to(ops.reshape(array, (1, *shape)), (count, *shape))
 
 
 def _fits(form: Form, inputs: Any, outputs: Any) -> bool:

@@ -1,5 +1,6 @@
 """The log-odds of the examples of a trial and the Gram matrices of their gradients."""
 
+import contextlib
 import functools
 import math
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 from keras_infomcr import backend
 from keras_infomcr.flatness.layers_of_weights import LayersOfWeights, layer_of
 from keras_infomcr.flatness.loss.logits import predict_with_logits
+from keras_infomcr.flatness.per_example.shared_outputs import with_shared_outputs
 from keras_infomcr.flatness.per_example.taps import CallsChangedError, Taps
 from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
 from keras_infomcr.objective import Objective
@@ -95,7 +97,7 @@ class TrialGrams:
         """
         size = len(keras.tree.flatten(data)[0])
         grams = np.zeros((len(self.layers), size, size))
-        ways = self._ways
+        self._ways = ways = self._complete(self._ways, context, data)
         try:
             values = self._add_tapped(ways, grams, context, data, device)
         except CallsChangedError as changed:
@@ -104,6 +106,20 @@ class TrialGrams:
         if ways.jacobians:
             values = self._add_rest(ways, grams, context, data, device)
         return keras.ops.convert_to_numpy(values).astype("float64"), grams
+
+    def _complete(self, ways: "_Ways", context: tuple, data: tuple) -> "_Ways":
+        """Return the ways with all taps that there can be, which the first data show."""
+        if not ways.taps.shared or len(keras.tree.flatten(data)[0]) < 2:
+            return ways
+        x, y = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[:2]), data)
+
+        @contextlib.contextmanager
+        def evaluation():
+            with self._lock, self._objective.at(*context, False) as (predict, scope):
+                forward = functools.partial(predict_with_logits, self._model, predict, x)
+                yield scope, lambda: self.values(x, y, *forward())
+
+        return self._ways_with(with_shared_outputs(ways.taps, evaluation))
 
     def _add_tapped(
         self, ways: "_Ways", grams: np.ndarray, context: tuple, data: tuple, device: Any
