@@ -1,5 +1,6 @@
 """Products of the rows of a matrix with each other."""
 
+import functools
 from typing import Any
 
 from keras import ops
@@ -8,13 +9,29 @@ from keras_infomcr import backend
 
 # Products of so many columns at once stay in the processor's cache, and were the fastest.
 _NUM_COLUMNS = 2**13
+# Of more rows than this, products above the diagonal are not computed again below it: that saves a
+# third of the time at 800 rows on TensorFlow and torch. With fewer rows, more and smaller products
+# took longer on JAX.
+_NUM_ROWS = 2**8
 
 
 def gram(rows: Any) -> Any:
     """Return rows rows^T, of shape `[N, N]`, of rows `[N, W]`, computed in float64."""
     with backend.float64_allowed():
+        starts = range(0, rows.shape[0], _NUM_ROWS)
         parts = (
             ops.cast(rows[:, k : k + _NUM_COLUMNS], "float64")
             for k in range(0, rows.shape[1], _NUM_COLUMNS)
         )
-        return sum(part @ ops.transpose(part) for part in parts)
+        products = ([_strip(part, start) for start in starts] for part in parts)
+        strips = functools.reduce(lambda *both: [a + b for a, b in zip(*both)], products)
+        if len(strips) == 1:
+            return strips[0]
+        padded = (ops.pad(strip, [(0, 0), (k, 0)]) for k, strip in zip(starts, strips))
+        upper = ops.concatenate(list(padded), axis=0)
+        return ops.triu(upper) + ops.transpose(ops.triu(upper, 1))
+
+
+def _strip(part: Any, start: int) -> Any:
+    """Return the products of some rows with themselves and all rows after them."""
+    return part[start : start + _NUM_ROWS] @ ops.transpose(part[start:])
