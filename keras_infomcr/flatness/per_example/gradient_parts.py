@@ -28,9 +28,9 @@ class Rows(NamedTuple):
 
     rows: Any
 
-    def plus(self, other: "Rows") -> "Rows":
-        """Return the sum of two calls."""
-        return Rows(self.rows + other.rows)
+    def plus(self, others: list["Rows"]) -> "Rows":
+        """Return the sum over several calls."""
+        return Rows(sum((other.rows for other in others), self.rows))
 
     def gram(self) -> Any:
         """Return the Gram matrix, `[N, N]`, float64."""
@@ -50,10 +50,13 @@ class Outer(NamedTuple):
     columns: list
     upstream: Any
 
-    def plus(self, other: "Outer") -> "Outer":
-        """Return the sum of two calls."""
-        columns = [ops.concatenate(both, axis=-2) for both in zip(self.columns, other.columns)]
-        return Outer(columns, ops.concatenate([self.upstream, other.upstream], axis=-2))
+    def plus(self, others: list["Outer"]) -> "Outer":
+        """Return the sum over several calls."""
+        columns, upstream = zip(self, *others)
+        return Outer(
+            [ops.concatenate(of_calls, axis=-2) for of_calls in zip(*columns)],
+            ops.concatenate(upstream, axis=-2),
+        )
 
     def gram(self) -> Any:
         """Return the Gram matrix, `[N, N]`, float64."""
@@ -98,9 +101,7 @@ def gram_of_calls(calls: list[list]) -> Any:
     Args:
         calls: List of lists of parts, one for each call of the layer.
     """
-    parts, *others = calls
-    for other in others:
-        parts = [part.plus(more) for part, more in zip(parts, other)]
+    parts = [first.plus(others) if others else first for first, *others in zip(*calls)]
     return sum(part.gram() for part in parts)
 
 

@@ -27,14 +27,14 @@ class Lookups(NamedTuple):
     rows: Any
     upstream: Any
 
-    def plus(self, other: "Lookups") -> "Lookups":
-        """Return the sum of two calls."""
-        return Lookups(*(ops.concatenate(both, axis=1) for both in zip(self, other)))
+    def plus(self, others: list["Lookups"]) -> "Lookups":
+        """Return the sum over several calls."""
+        return Lookups(*(ops.concatenate(of_calls, axis=1) for of_calls in zip(self, *others)))
 
     def gram(self) -> Any:
         """Return the Gram matrix, `[N, N]`, float64."""
         n, p, e = self.upstream.shape
-        width = min(n * p, max(16, n // 4))
+        width = min(n * p, max(16, n // 2))
         order = ops.argsort(ops.reshape(self.rows, (-1,)))
         rows = ops.take(ops.reshape(self.rows, (-1,)), order)
         examples = ops.cast(order, "int32") // p

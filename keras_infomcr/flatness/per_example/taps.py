@@ -1,12 +1,7 @@
 """Layers whose Gram matrices of per-example gradients come from one backward pass.
 
-A tap is an identity operation on the outputs of a layer. In the backward pass of sum_i m_i it meets
-the layer's inputs and the gradients by its outputs, for all examples at once. It computes from them
-the Gram matrix of the examples' gradients by the layer's weights, and returns it as the "gradient"
-of a dummy argument, the probe. No gradient of a single example is stored.
-
-A layer that is called several times has a tap for each call, which returns what it meets as the
-"gradients" of two probes. The Gram matrix of the sum over the calls is computed afterwards.
+A layer that is called several times has a tap for each call. Its Gram matrix, of the sum over the
+calls, is computed after the backward pass.
 """
 
 import collections
@@ -22,6 +17,7 @@ from keras_infomcr import backend
 from keras_infomcr.flatness.per_example.calls import Calls, Form, calls_before_activations
 from keras_infomcr.flatness.per_example.gradient_parts import gram_of_calls
 from keras_infomcr.flatness.per_example.layer_grams import kind_of
+from keras_infomcr.flatness.per_example.tap import gram_tap, noting_tap
 from keras_infomcr.keras_internals import all_layers, is_rematerialized
 
 
@@ -181,8 +177,8 @@ class Taps:
                     changed.add(layer)
                     return outputs
                 if len(forms) > 1:
-                    return _noting_tap(inputs, outputs, *probes[2 * number : 2 * number + 2])
-                return _tap(self._gram_of(layer), inputs, outputs, *probes)
+                    return noting_tap(inputs, outputs, *probes[2 * number : 2 * number + 2])
+                return gram_tap(self._gram_of(layer), inputs, outputs, *probes)
 
             return tapped
 
@@ -229,42 +225,3 @@ def _fits(form: Form, inputs: Any, outputs: Any) -> bool:
     known = zip((*inputs.shape[1:], *outputs.shape[1:]), (*form.inputs, *form.outputs))
     same = len(inputs.shape) + len(outputs.shape) == len(form.inputs) + len(form.outputs) + 2
     return same and all(size is None or size == noted for size, noted in known)
-
-
-def _tap(gram_of: Callable, inputs: Any, outputs: Any, probe: Any) -> Any:
-    """Return the outputs; the gradient by the probe is the Gram matrix."""
-
-    @ops.custom_gradient
-    def identity(outputs, inputs, probe):
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            total = gram_of([(backend.delayed_until(inputs, upstream), upstream)])
-            # One layer at a time, which saves memory: the gradients of the next layer wait until
-            # this Gram matrix is computed.
-            return backend.delayed_until(upstream, total), _no_gradient(inputs), total
-
-        return ops.copy(outputs), gradient  # torch lets nobody change an input in place
-
-    return identity(outputs, _constant(inputs, outputs), probe)
-
-
-def _noting_tap(inputs: Any, outputs: Any, probe_of_inputs: Any, probe_of_outputs: Any) -> Any:
-    """Return the outputs; the gradients by the probes are inputs and output gradients."""
-
-    @ops.custom_gradient
-    def identity(outputs, inputs, probe_of_inputs, probe_of_outputs):
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            return upstream, _no_gradient(inputs), inputs, upstream
-
-        return ops.copy(outputs), gradient
-
-    return identity(outputs, _constant(inputs, outputs), probe_of_inputs, probe_of_outputs)
-
-
-def _constant(inputs: Any, outputs: Any) -> Any:
-    return ops.stop_gradient(ops.cast(inputs, outputs.dtype))
-
-
-def _no_gradient(inputs: Any) -> Any:
-    return ops.broadcast_to(ops.zeros((), inputs.dtype), inputs.shape)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -59,7 +59,7 @@ class TrialGrams:
         owners = LayersOfWeights(self._weights)
         self.layers, self.num_weights = owners.layers, owners.num_weights
         # Replicas trace in threads, and while one does a layer's `call` is not the layer's own.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         raw = self._values_as_they_are
         self._raw_values = raw if model.run_eagerly else backend.compiled(raw)
         self._num_examples = settings.num_examples
@@ -97,7 +97,7 @@ class TrialGrams:
         """
         size = len(keras.tree.flatten(data)[0])
         grams = np.zeros((len(self.layers), size, size))
-        self._ways = ways = self._complete(self._ways, context, data)
+        ways = self._completed_ways(context, data)
         try:
             values = self._add_tapped(ways, grams, context, data, device)
         except CallsChangedError as changed:
@@ -107,19 +107,20 @@ class TrialGrams:
             values = self._add_rest(ways, grams, context, data, device)
         return keras.ops.convert_to_numpy(values).astype("float64"), grams
 
-    def _complete(self, ways: "_Ways", context: tuple, data: tuple) -> "_Ways":
-        """Return the ways with all taps that there can be, which the first data show."""
-        if not ways.taps.shared or len(keras.tree.flatten(data)[0]) < 2:
-            return ways
-        x, y = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[:2]), data)
+    def _completed_ways(self, context: tuple, data: tuple) -> "_Ways":
+        """Return the ways, with all taps that there can be: the first data show it."""
+        with self._lock:
+            if self._ways.taps.shared and len(keras.tree.flatten(data)[0]) > 1:
+                x, y = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[:2]), data)
+                evaluation = functools.partial(self._evaluation, context, x, y)
+                self._ways = self._ways_with(with_shared_outputs(self._ways.taps, evaluation))
+            return self._ways
 
-        @contextlib.contextmanager
-        def evaluation():
-            with self._lock, self._objective.at(*context, False) as (predict, scope):
-                forward = functools.partial(predict_with_logits, self._model, predict, x)
-                yield scope, lambda: self.values(x, y, *forward())
-
-        return self._ways_with(with_shared_outputs(ways.taps, evaluation))
+    @contextlib.contextmanager
+    def _evaluation(self, context: tuple, x: Any, y: Any) -> Iterator[tuple]:
+        """Yield the scope of an evaluation, and a function of no arguments that gives values."""
+        with self._lock, self._objective.at(*context, False) as (predict, scope):
+            yield scope, lambda: self.values(x, y, *predict_with_logits(self._model, predict, x))
 
     def _add_tapped(
         self, ways: "_Ways", grams: np.ndarray, context: tuple, data: tuple, device: Any
