@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_infomcr import backend
 from keras_infomcr.flatness.per_example.gradient_parts import Kind, Outer, Rows, by_position
 
 # The functions below keep numbers and arrays of a layer, not the layer itself: TensorFlow never
@@ -120,17 +121,18 @@ def _is_transposed(layer: keras.Layer) -> bool:
     Old versions of Keras cut some of them at the other end on torch.
     """
     window, sizes = _Window.of(layer), [3] * len(layer.kernel_size)
-    inputs, kernel = _numbers(1, *sizes, 1), _numbers(*layer.kernel_size, 1, 1)
-    settings = layer.strides, layer.padding, layer.output_padding
-    outputs = ops.conv_transpose(inputs, kernel, *settings, "channels_last", layer.dilation_rate)
-    upstream = _numbers(*outputs.shape)
-    slopes = [float(ops.sum(inputs * column)) for column in window.slices(upstream, sizes)]
-    expected = np.ravel(ops.convert_to_numpy(kernel)) @ slopes
-    return np.isclose(float(ops.sum(upstream * outputs)), expected, rtol=0, atol=1e-3)
+    settings = layer.strides, layer.padding, layer.output_padding, "channels_last"
+    with backend.float64_allowed():
+        inputs, kernel = _numbers(1, *sizes, 1), _numbers(*layer.kernel_size, 1, 1)
+        outputs = ops.conv_transpose(inputs, kernel, *settings, layer.dilation_rate)
+        upstream = _numbers(*outputs.shape)
+        slopes = [ops.sum(inputs * column) for column in window.slices(upstream, sizes)]
+        values = ops.sum(upstream * outputs), ops.sum(ops.stack(slopes) * ops.ravel(kernel))
+        return np.isclose(*map(ops.convert_to_numpy, values))
 
 
 def _numbers(*shape: int) -> Any:
-    return ops.cos(ops.reshape(ops.arange(math.prod(shape), dtype="float32"), shape))
+    return ops.cos(ops.reshape(ops.arange(math.prod(shape), dtype="float64"), shape))
 
 
 def _depthwise_convolution(layer: keras.Layer) -> Callable:
