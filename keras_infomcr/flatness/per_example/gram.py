@@ -25,11 +25,19 @@ def gram(rows: Any) -> Any:
         )
         products = ([_strip(part, start) for start in starts] for part in parts)
         strips = functools.reduce(lambda *both: [a + b for a, b in zip(*both)], products)
-        if len(strips) == 1:
-            return strips[0]
-        padded = (ops.pad(strip, [(0, 0), (k, 0)]) for k, strip in zip(starts, strips))
-        upper = ops.concatenate(list(padded), axis=0)
-        return ops.triu(upper) + ops.transpose(ops.triu(upper, 1))
+        return strips[0] if len(strips) == 1 else _completed(strips)
+
+
+def _completed(strips: list) -> Any:
+    """Return the symmetric matrix of which the strips are the rows from the diagonal on."""
+    rows = []
+    for number, strip in enumerate(strips):
+        before = (
+            ops.transpose(other[:, k * _NUM_ROWS : (k + 1) * _NUM_ROWS])
+            for k, other in zip(range(number, 0, -1), strips)
+        )
+        rows.append(ops.concatenate([*before, strip], axis=1))
+    return ops.concatenate(rows, axis=0)
 
 
 def _strip(part: Any, start: int) -> Any:
