@@ -52,6 +52,8 @@ no use for.
   memory is not taken earlier than need be; the array itself, where the framework sees to that.
 * `batch_size(batch)`: an integer, or a scalar array where it is not known while tracing.
 * `slice_rows(array, start, length)`: rows of a dense, ragged or sparse array.
+* `sum_by_number(rows, numbers, count)`: `[count, ...]`, sums of the rows `[n, ...]` that have the
+  numbers `[n]`, in the dtype of the rows, as `keras.ops.segment_sum` on torch is not.
 
 `random`: what unseeded random layers draw from.
 
@@ -136,6 +138,7 @@ cond = _control_flow.cond
 delayed_until = _control_flow.delayed_until
 batch_size = _control_flow.batch_size
 slice_rows = _control_flow.slice_rows
+sum_by_number = _control_flow.sum_by_number
 
 _random = _file("random")
 random_state = _random.random_state

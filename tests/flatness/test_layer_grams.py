@@ -6,14 +6,13 @@ import pytest
 from frameworks import BACKEND, jacobian, numpy, only_on
 from keras import layers, ops
 from measuring import measure
-from nets import NUM_CLASSES, compiled, sequential
+from nets import NUM_CLASSES, compiled
 from oracles import ln_xi
+from tapped import Tokens, estimator_of, expected_by_layer, log_odds, made
 
 from keras_infomcr import backend
 from keras_infomcr.flatness import gamma_hat_by_layer
-from keras_infomcr.flatness.per_example import layer_grams
-from keras_infomcr.flatness.per_example.gamma_hat_estimator import GammaHatEstimator
-from keras_infomcr.flatness.per_example.trial_settings import TrialSettings
+from keras_infomcr.flatness.per_example import gradient_parts
 
 
 @pytest.fixture
@@ -28,28 +27,18 @@ def no_rows(monkeypatch):
     def jacobian(*args, **kwargs):
         raise AssertionError("rows are formed")
 
-    monkeypatch.setattr(backend, "jacobian", jacobian)
+    monkeypatch.setattr(backend, "gradients_by_example", jacobian)
 
 
-def log_odds(model, x, y):
-    """Return m_i of each example, evaluated alone."""
-    outputs = ops.concatenate([model(x[i : i + 1]) for i in range(len(x))])
-    true = ops.cast(ops.one_hot(y, NUM_CLASSES), outputs.dtype)
-    others = ops.where(true > 0, -np.inf, outputs)
-    return ops.sum(true * outputs, axis=-1) - ops.logsumexp(others, axis=-1)
+@pytest.fixture
+def adapters_in_float64(monkeypatch):
+    """Let factors of low rank have the dtype of their layer, which otherwise are float32."""
+    add_weight = keras.Layer.add_weight
 
+    def add(layer, *args, dtype=None, **kwargs):
+        return add_weight(layer, *args, **kwargs)
 
-def expected_by_layer(model, x, y):
-    """Return ln|xi| of the weights of each layer."""
-    weights = model.trainable_variables
-    rows = jacobian(lambda: log_odds(model, x, y), weights)
-    parts = np.split(rows, np.cumsum([np.prod(v.shape, dtype=int) for v in weights])[:-1], axis=1)
-    by_layer = {}
-    for v, part in zip(weights, parts):
-        by_layer.setdefault(v.path.rpartition("/")[0], []).append(part)
-    log_loss = -2 * np.sum(np.logaddexp(0, numpy(log_odds(model, x, y))))
-    joined = (np.concatenate(parts, axis=1) for parts in by_layer.values())
-    return [-np.inf if r.shape[1] < len(x) else log_loss + ln_xi(r) for r in joined]
+    monkeypatch.setattr(keras.Layer, "add_weight", add)
 
 
 def dense():
@@ -101,29 +90,114 @@ def batch_normalizations():
     ]
 
 
-def made(stack):
-    model = sequential(*stack, layers.Activation("tanh"), layers.Flatten(),
-                       layers.Dense(NUM_CLASSES), inputs=(60,))  # fmt: skip
-    rng = np.random.default_rng(1)
-    for v in model.variables:  # moving variances too must be positive
-        if "kernel" in v.path:
-            v.assign(rng.normal(size=v.shape) * 1.5 / np.sqrt(np.prod(v.shape[:-1])))
-        elif "seed" not in v.path:
-            v.assign(rng.uniform(0.5, 1.5, v.shape))
-    return model
+def normalizations():
+    return [
+        layers.Reshape((5, 12)),
+        layers.LayerNormalization(),
+        layers.LayerNormalization(axis=[2, 1], center=False),
+        # Keras fails on torch where the last axis is not among those normalised.
+        layers.LayerNormalization(axis=2 if BACKEND == "torch" else 1, scale=False),
+        layers.RMSNormalization(),
+        layers.RMSNormalization(axis=(1, 2)),
+        layers.GroupNormalization(3, epsilon=0.1),
+        layers.GroupNormalization(5, axis=1, center=False),
+        layers.GroupNormalization(-1, scale=False),
+    ]
 
 
-def estimator_of(model, data):
-    settings = TrialSettings(
-        num_examples=4,
-        num_trials=1,
-        training=False,
-        chunk_size=None,
-        normalize_softmax=False,
-        softmax_scale=0.04,
-        seed=None,
-    )
-    return GammaHatEstimator(model, *data, settings)
+def einsums():
+    """Return equations with an ellipsis on either side, groups and lost axes."""
+    return [
+        layers.Reshape((15, 4)),
+        layers.EinsumDense("...x,xy->...y", 4, "tanh", bias_axes="y"),
+        layers.Reshape((5, 3, 4)),
+        layers.EinsumDense("abc...,bd->adc...", (6, 3), bias_axes="dc"),
+        layers.EinsumDense("abcd,cde->abce", (6, 3, 5), bias_axes="ce"),
+        layers.EinsumDense("abcd,cde->aeb", (4, 6), "tanh"),
+        layers.EinsumDense("abc,bde->ade", (2, 5), bias_axes="d"),
+        layers.Flatten(),
+        layers.EinsumDense("ab,bcd->adc", (3, 4)),
+    ]
+
+
+def adapters():
+    """Return layers with factors of low rank beside a frozen kernel."""
+    return [
+        layers.Reshape((60, 1)),
+        layers.EinsumDense("abc,cde->abde", (60, 2, 4), lora_rank=3, bias_axes="e"),
+        layers.EinsumDense("abde,dec->abc", (60, 5), "tanh", lora_rank=2),
+        layers.Dense(6, "tanh", lora_rank=2, lora_alpha=5),
+    ]
+
+
+def adapter_of_a_table():
+    return [Tokens(), layers.Embedding(9, 5, lora_rank=2, lora_alpha=3)]
+
+
+def embeddings():
+    """Return a table of few rows, of which each is looked up often, and one of many."""
+    return [Tokens(40), Tables(layers.Embedding(7, 5), layers.Embedding(40, 4, mask_zero=True))]
+
+
+def attention():
+    return [layers.Reshape((6, 10)), SelfAttention(layers.MultiHeadAttention(2, 3, 4)),
+            SelfAttention(layers.GroupQueryAttention(4, 4, 2))]  # fmt: skip
+
+
+def several_calls():
+    """Return layers that are called several times: for each step in time, or by a loop."""
+    norm = layers.LayerNormalization()
+    shared = [norm, layers.EinsumDense("ab,bc->ac", 10, bias_axes="c"), layers.Activation("tanh")]
+    return [
+        layers.Reshape((6, 10)),
+        layers.TimeDistributed(layers.Dense(10, "tanh")),
+        layers.TimeDistributed(norm),
+        layers.Reshape((3, 4, 5)),
+        layers.TimeDistributed(layers.Conv1D(2, 3)),
+        layers.Flatten(),
+        layers.Dense(10),
+        *shared,
+        *shared,
+    ]
+
+
+def subclasses():
+    return [layers.Reshape((6, 10)), Named(5), layers.TimeDistributed(Named(5))]
+
+
+class Tables(layers.Layer):
+    """Looks up the same integers in two tables, counted from the end in the second."""
+
+    def __init__(self, few, many):
+        super().__init__()
+        self.few, self.many = few, many
+
+    def call(self, inputs):
+        return ops.concatenate([self.few(inputs % 7), self.many(inputs - 40)], axis=-1)
+
+
+class SelfAttention(layers.Layer):
+    """Attends to its inputs and adds them."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, inputs):
+        return inputs + self.attention(inputs, inputs)
+
+
+class Named(layers.Dense):
+    """A known layer with other defaults and nothing else of its own."""
+
+    def __init__(self, units):
+        super().__init__(units, "tanh", bias_initializer="normal")
+
+    def get_config(self):
+        return {"units": self.units}
 
 
 @pytest.mark.parametrize(
@@ -134,9 +208,17 @@ def estimator_of(model, data):
         convolutions_2d,
         pytest.param(convolutions_3d, marks=pytest.mark.slow),
         batch_normalizations,
+        normalizations,
+        einsums,
+        adapters,
+        adapter_of_a_table,
+        embeddings,
+        attention,
+        several_calls,
+        subclasses,
     ],
 )
-def test_layers_against_jacobians(float64, data, no_rows, stack):
+def test_layers_against_jacobians(float64, adapters_in_float64, data, no_rows, stack):
     model = made(stack())
     result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
     np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)
@@ -152,7 +234,7 @@ def test_channels_first(float64, data, no_rows):
 
 @pytest.mark.slow
 def test_kernels_in_parts(float64, data, no_rows, monkeypatch):
-    monkeypatch.setattr(layer_grams, "_ROW_BYTES", 1)  # an input feature at a time
+    monkeypatch.setattr(gradient_parts, "_ROW_BYTES", 1)  # an input feature at a time
     model = made(convolutions_2d())
     result = gamma_hat_by_layer(model, *data, num_examples=4, num_trials=1)
     np.testing.assert_allclose(result.values, expected_by_layer(model, *data), rtol=1e-9)

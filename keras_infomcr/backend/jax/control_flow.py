@@ -31,6 +31,11 @@ def slice_rows(array, start: int, length: int):
     return array[start : start + length]
 
 
+def sum_by_number(rows: jax.Array, numbers: jax.Array, count: int) -> jax.Array:
+    """Return the sums of the rows of each number."""
+    return jax.ops.segment_sum(rows, numbers, count)
+
+
 def traced_once(function: Callable) -> Callable:
     """Return the function: XLA would inline it at each place that calls it."""
     return function

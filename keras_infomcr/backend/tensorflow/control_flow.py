@@ -63,6 +63,11 @@ def slice_rows(array, start, length):
     )
 
 
+def sum_by_number(rows: tf.Tensor, numbers: tf.Tensor, count: int) -> tf.Tensor:
+    """Return the sums of the rows of each number."""
+    return tf.math.unsorted_segment_sum(rows, numbers, count)
+
+
 def traced_once(function: Callable) -> Callable:
     """Return the function as a graph of its own, which takes and returns tensors."""
     if _must_stay_open():

@@ -34,6 +34,11 @@ def slice_rows(array: torch.Tensor, start: int, length: int) -> torch.Tensor:
     return array[start : start + length]
 
 
+def sum_by_number(rows: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the sums of the rows of each number."""
+    return rows.new_zeros((count, *rows.shape[1:])).index_add_(0, numbers, rows)
+
+
 def traced_once(function: Callable) -> Callable:
     """Return the function: nothing is traced."""
     return function
