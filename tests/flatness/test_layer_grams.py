@@ -116,6 +116,7 @@ def einsums():
         layers.EinsumDense("abcd,cde->aeb", (4, 6), "tanh"),
         layers.EinsumDense("abc,bde->ade", (2, 5), bias_axes="d"),
         layers.Flatten(),
+        layers.EinsumDense("ab...,bc->ac...", (7,), "tanh"),
         layers.EinsumDense("ab,bcd->adc", (3, 4)),
     ]
 
@@ -140,11 +141,13 @@ def embeddings():
 
 
 def attention():
-    return [layers.Reshape((6, 10)), SelfAttention(layers.MultiHeadAttention(2, 3))]
+    # With dropout, which does nothing here, JAX computes the softmax in float64 as well.
+    return [layers.Reshape((6, 10)), SelfAttention(layers.MultiHeadAttention(2, 3, 4, dropout=0.1))]
 
 
 def attention_of_groups():
-    return [layers.Reshape((6, 10)), SelfAttention(layers.GroupQueryAttention(4, 4, 2))]
+    grouped = layers.GroupQueryAttention(4, 4, 2, dropout=0.1)
+    return [layers.Reshape((6, 10)), SelfAttention(grouped)]
 
 
 def several_calls():
