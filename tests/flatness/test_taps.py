@@ -88,7 +88,10 @@ def test_tables_of_positions_are_tapped(float64, data):
     assert without_taps(Positions(), data) == set()
 
 
-@pytest.mark.parametrize("mixes", ["mean", "first", "shape"])
+@pytest.mark.parametrize(
+    "mixes",
+    ["first", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mean", "shape"))],
+)
 def test_shared_outputs_that_are_not_kept_apart_are_not_tapped(float64, data, mixes):
     model = Positions(mixes)
     assert without_taps(model, data) == {"flat/embeddings", f"{model.led.name}/embeddings"}

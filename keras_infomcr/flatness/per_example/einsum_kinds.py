@@ -20,11 +20,12 @@ class _Equation(NamedTuple):
     outputs: str
 
     @classmethod
-    def of(cls, equation: str, num_axes: int = 0) -> "_Equation":
-        """Return an equation of Keras for inputs of so many axes, at least one for an ellipsis."""
+    def of(cls, equation: str, num_axes: int | None = None) -> "_Equation":
+        """Return an equation of Keras for inputs of so many axes, one for an ellipsis if `None`."""
         unused = [letter for letter in string.ascii_letters if letter not in equation]
-        num_elided = max(num_axes - equation.replace("...", "").index(","), 1)
-        inputs, rest = equation.replace("...", "".join(unused[:num_elided])).split(",")
+        num_named = equation.replace("...", "").index(",")
+        elided = unused[: 1 if num_axes is None else num_axes - num_named]
+        inputs, rest = equation.replace("...", "".join(elided)).split(",")
         return cls(inputs, *rest.split("->"))
 
     def is_known(self) -> bool:
