@@ -5,6 +5,7 @@ masks travel as results of their own.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -76,7 +77,8 @@ def rolled_into_loop(accumulate: Callable, compiled: bool) -> Callable:
 
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summands)
         (sums, _), outputs = jax.lax.scan(body, (sums, state), jnp.arange(count, dtype="int32"))
-        return sums, [_with_masks(*jax.tree.map(lambda o: o[i], outputs)) for i in range(count)]
+        steps = (jax.tree.map(operator.itemgetter(i), outputs) for i in range(count))
+        return sums, [_with_masks(*step) for step in steps]
 
     return loop
 
