@@ -33,6 +33,8 @@ no use for.
   with a row for each use of an entry.
 * `interpolated(start, end, share)`: (1 - share) start + share end, exactly `start` at 0 and `end`
   at 1, in one pass over the arrays where the framework offers one.
+* `plus_multiple(array, factor, term)`: array + factor * term, the factor a float, in one pass where
+  the framework offers one.
 * `widest_float()`: the name of the widest float type.
 * `float64_allowed()`: a context in which arrays of float64 can be made and used.
 * `low_precision_products()`: whether float32 matrix products round like half precision.
@@ -44,8 +46,8 @@ no use for.
 * `traced_once(function)`: the function, traced once for all the places that call it, if the
   framework gains by it.
 * `rolled_into_loop(accumulate, compiled)`: a function like `core.sub_batch_averages.accumulate`
-  that is traced once for all its steps, if the framework gains by it; else `accumulate` itself.
-  `compiled` says whether XLA or the like compiles what is traced.
+  that is traced once for all its steps, or adds in place, if the framework gains by it; else
+  `accumulate` itself. `compiled` says whether XLA or the like compiles TensorFlow's graph.
 * `cond(predicate, true_function, false_function)`: what the function chosen by a scalar array
   returns; both return the same structure of arrays and `None`.
 * `delayed_until(array, other)`: the array, whose use waits until `other` has been computed, so that
@@ -125,6 +127,7 @@ gradients_by_example = _differentiation.gradients_by_example
 add_to_gradient = _differentiation.add_to_gradient
 has_sparse_gradients = _differentiation.has_sparse_gradients
 interpolated = _differentiation.interpolated
+plus_multiple = _differentiation.plus_multiple
 widest_float = _differentiation.widest_float
 float64_allowed = _differentiation.float64_allowed
 low_precision_products = _differentiation.low_precision_products

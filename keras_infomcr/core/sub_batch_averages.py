@@ -48,8 +48,16 @@ def paired_evaluations(
     return here, evaluate(moved(here.gradients), state, batch)
 
 
+def plus_multiple(array: Any, factor: float, term: Any) -> Any:
+    """Return array + factor * term."""
+    return array + factor * term
+
+
 def finite_difference(
-    evaluate: Callable[..., Evaluation], weights: list, alpha: float
+    evaluate: Callable[..., Evaluation],
+    weights: list,
+    alpha: float,
+    plus_multiple: Callable = plus_multiple,
 ) -> Callable[[int, list, Any], Contribution]:
     """Return the paired evaluations of a sub-batch at w and at w - alpha g_i, g_i held constant.
 
@@ -62,6 +70,7 @@ def finite_difference(
         evaluate: Function `(weights, state, batch) -> Evaluation`.
         weights: List of arrays, w.
         alpha: Float, the step of the finite difference.
+        plus_multiple: Function `(array, factor, term) -> array + factor * term`. Defaults to that.
 
     Returns:
         Function `(i, state, batch) -> Contribution` of sub-batch i. Both evaluations start from
@@ -69,7 +78,8 @@ def finite_difference(
     """
 
     def moved(gradients):
-        return [w if g is None else w - alpha * g for w, g in zip(weights, gradients)]
+        pairs = zip(weights, gradients)
+        return [w if g is None else plus_multiple(w, -alpha, g) for w, g in pairs]
 
     def contribution(i, state, batch):
         here, there = paired_evaluations(evaluate, weights, moved, state, batch)

@@ -31,7 +31,7 @@ class SubBatches(Sequence):
     into count/R slices, these are the slices that one device makes of the whole batch.
 
     Item i, an integer or a scalar array, is `(weight, batch)`: its size as a multiple of the
-    mean, a float or a float64 scalar, and the slice as a `Batch`.
+    mean, a float or a scalar of the widest float type, and the slice as a `Batch`.
 
     A batch of B < count examples gives B slices of one example; where B is not known while
     tracing, the surplus slices repeat an example with weight 0.
@@ -56,7 +56,8 @@ class SubBatches(Sequence):
             weight = length * len(self) / self._size
         else:
             size = ops.maximum(self._size, 1)  # a replica may be left with no example
-            weight = ops.cast(length * len(self), "float64") / ops.cast(size, "float64")
+            dtype = backend.widest_float()
+            weight = ops.cast(length * len(self), dtype) / ops.cast(size, dtype)
             start, length = ops.minimum(start, self._size - 1), ops.maximum(length, 1)
         return weight, keras.tree.map_structure(
             lambda a: None if a is None else backend.slice_rows(a, start, length), self._batch

@@ -58,8 +58,9 @@ class SubBatchPerturbation(Regularizer):
             `model.regularizer.beta = 20.0` takes effect with the next batch. Defaults to 10.
         num_sub_batches: Integer, at least 1. M, the number of sub-batches; a batch of fewer
             examples is cut into single examples. With R replicas, each takes M/R sub-batches,
-            rounded down, and at least one. Under XLA (`jit_compile=True`, and on JAX) the time
-            that the first step takes to compile grows with M. Defaults to 8, the paper's.
+            rounded down, and at least one. In TensorFlow under XLA (`jit_compile=True`), and on JAX
+            where M does not divide the batch, the time that the first step takes to compile grows
+            with M. Defaults to 8, the paper's.
         main_gradient: Where the gradient of L(B, w) comes from.
             `"full_batch"`: a pass of its own over the whole batch, as in the paper's code
             (3 passes a step). `"sub_batches"`: the mean of the g_i (2 passes); batch
@@ -196,7 +197,7 @@ class SubBatchPerturbation(Regularizer):
         """Return the function of a sub-batch, its number and the state that it starts from."""
         weights = objective.weights()
         if self.estimator == "finite_difference":
-            return finite_difference(evaluate, weights, self.alpha)
+            return finite_difference(evaluate, weights, self.alpha, backend.plus_multiple)
         products = backend.traced_once(objective.evaluate_with_product)
         return hessian_vector_product(products, weights, self.alpha)
 

@@ -33,6 +33,11 @@ def test_an_array_delayed_until_another_is_the_array():
     np.testing.assert_array_equal(numpy(function(array([1.0, 2.0]), array([3.0]))), [1.0, 2.0])
 
 
+def test_a_multiple_is_added():
+    found = backend.plus_multiple(array([1.0, 2.0]), -0.5, array([4.0, 8.0]))
+    np.testing.assert_array_equal(numpy(found), [-1.0, -2.0])
+
+
 def test_numbers_at_hand_are_not_traced():
     assert not backend.is_traced(array([1.0]))
 

@@ -13,7 +13,8 @@ if BACKEND != "torch":
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keras_infomcr import RegularizedModel
+from keras_infomcr import RegularizedModel, backend
+from keras_infomcr.core.sub_batch_averages import accumulate
 from keras_infomcr.flatness import gamma_hat
 from keras_infomcr.regularizers import SubBatchPerturbation
 
@@ -249,3 +250,15 @@ def test_second_derivatives_in_a_compiled_step():
     # Three steps in float32, fused differently.
     for name in ("loss", "infomcr_reg"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+
+
+def test_sums_in_place_leave_the_summands_alone():
+    """Gradients may share memory, with each other and with what a step keeps."""
+    shared = torch.ones(3)
+
+    def step(i, state):
+        return [shared, None if i else shared, shared if i else None], i, state
+
+    sums, outputs = backend.rolled_into_loop(accumulate, False)(step, [], 3)
+    assert [s.tolist() for s in sums] == [[3.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert shared.tolist() == [1.0] * 3 and outputs == [0, 1, 2]

@@ -152,6 +152,11 @@ def interpolated(start: jax.Array, end: jax.Array, share: jax.Array) -> jax.Arra
     return (1 - share) * start + share * end
 
 
+def plus_multiple(array: jax.Array, factor: float, term: jax.Array) -> jax.Array:
+    """Return array + factor * term."""
+    return array + factor * term
+
+
 def widest_float() -> str:
     """Return `"float64"` where `jax_enable_x64` is set, else `"float32"`."""
     return "float64" if jax.config.jax_enable_x64 else "float32"

@@ -166,6 +166,11 @@ def interpolated(start: tf.Tensor, end: tf.Tensor, share: tf.Tensor) -> tf.Tenso
     return (1 - share) * start + share * end
 
 
+def plus_multiple(array: tf.Tensor, factor: float, term: tf.Tensor) -> tf.Tensor:
+    """Return array + factor * term."""
+    return array + factor * term
+
+
 def widest_float() -> str:
     """Return `"float64"`."""
     return "float64"

@@ -3,6 +3,7 @@
 Private name of torch used here, for which there is no public one: `is_batchedtensor`.
 """
 
+import itertools
 from collections.abc import Callable
 
 import keras
@@ -45,8 +46,24 @@ def traced_once(function: Callable) -> Callable:
 
 
 def rolled_into_loop(accumulate: Callable, compiled: bool) -> Callable:
-    """Return `accumulate`: nothing is traced."""
-    return accumulate
+    """Return a function like `accumulate` that adds in place, into memory that stays in caches."""
+
+    def loop(step, state, count):
+        sums, outputs = itertools.repeat(None), []
+        for i in range(count):
+            summands, output, state = step(i, state)
+            sums = [_added_in_place(total, term) for total, term in zip(sums, summands)]
+            del summands  # whose memory the next step takes
+            outputs.append(output)
+        return sums, outputs
+
+    return loop
+
+
+def _added_in_place(total, term):
+    if term is None:
+        return total
+    return term.clone() if total is None else total.add_(term)  # gradients may share memory
 
 
 def cond(predicate: torch.Tensor, true_function: Callable, false_function: Callable):

@@ -171,6 +171,11 @@ def interpolated(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) ->
     return torch.lerp(start, end, keras.ops.cast(share, start.dtype))
 
 
+def plus_multiple(array: torch.Tensor, factor: float, term: torch.Tensor) -> torch.Tensor:
+    """Return array + factor * term."""
+    return torch.add(array, term, alpha=factor)
+
+
 def widest_float() -> str:
     """Return `"float64"`, `"float32"` on devices of Apple, which have no other."""
     device = keras.ops.zeros(()).device.type
