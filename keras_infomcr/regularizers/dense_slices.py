@@ -22,6 +22,7 @@ from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.core.sub_batch_averages import Contribution
 from keras_infomcr.keras_internals import calls_of_graph, is_rematerialized
 from keras_infomcr.objective import Batch, Objective
+from keras_infomcr.objective.replaced import replaced
 from keras_infomcr.regularizers import coupling
 from keras_infomcr.regularizers.perturbed_subset import completed
 
@@ -85,6 +86,7 @@ def faster_of(
     short = size <= LONGEST * count
     if isinstance(size, int):
         return at_once() if short else in_turn()
+    short = ops.logical_and(short, size > 0)  # a batch may be empty, and has no slices then
 
     def lists(function):
         # Both branches return the same structure, as TensorFlow asks.
@@ -133,9 +135,12 @@ def finite_difference(
             -alpha * slices.of_own_means(d, chosen),
         )
         for layer, x, d in zip(layers, inputs, of_outputs)
+        if d is not None  # else the loss does not depend on the layer
     }
 
     def at_moved_weights(layer, x, y):
+        if layer not in steps:
+            return y
         transposed, step = steps[layer]
         products = ops.matmul(slices.cut(x), transposed)
         if layer.use_bias:
@@ -172,7 +177,9 @@ def _evaluation_with_taps(objective, layers, weights, state, batch):
     (loss, (predictions, new_state, inputs)), gradients = backend.value_and_grad(loss_with_probes)(
         [*weights, *probes], state, batch
     )
-    return Evaluation(loss, gradients[:count], predictions, new_state), inputs, gradients[count:]
+    # Whole, for the state that it started from may be another than the model's.
+    state = completed(new_state, state)
+    return Evaluation(loss, gradients[:count], predictions, state), inputs, gradients[count:]
 
 
 class _SideBySide:
@@ -236,7 +243,7 @@ def _outputs_replaced(layers: list, replacement: Callable) -> Iterator[None]:
 
     def calling(layer, call, activation):
         def replaced_call(x, *args, **kwargs):
-            with _replaced(layer, "activation", None):
+            with replaced(layer, "activation", None):
                 y = call(x, *args, **kwargs)
             y = replacement(layer, ops.cast(x, y.dtype), y)
             return y if activation is None else activation(y)
@@ -246,19 +253,5 @@ def _outputs_replaced(layers: list, replacement: Callable) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             call = calling(layer, layer.call, layer.activation)
-            stack.enter_context(_replaced(layer, "call", call))
+            stack.enter_context(replaced(layer, "call", call))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(layer: keras.Layer, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute past Keras's tracking, which would take it for a part of the layer."""
-    own, before = name in layer.__dict__, layer.__dict__.get(name)
-    object.__setattr__(layer, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            object.__setattr__(layer, name, before)
-        else:
-            object.__delattr__(layer, name)

@@ -12,11 +12,11 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.flatness.loss.loss_function import LossFunction
 from keras_infomcr.flatness.loss.means import mean_over_examples
-from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.flatness.running.compiled_for import compiled_for
 from keras_infomcr.flatness.running.only_checking import end_of_checks
 from keras_infomcr.keras_internals import all_layers
 from keras_infomcr.objective import Objective
+from keras_infomcr.objective.replaced import replaced
 
 
 def reestimated_state(loss: LossFunction, data: Iterable, weights: np.ndarray, state: list) -> list:

@@ -14,7 +14,6 @@ from keras import ops
 
 from keras_infomcr.flatness.loss.logits import Logits
 from keras_infomcr.flatness.loss.loss_of_each import computes_each, loss_of_each
-from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.keras_internals import (
     FLAT_LOSSES,
     LOSS_ARGUMENTS,
@@ -25,6 +24,7 @@ from keras_infomcr.keras_internals import (
     known_logits,
     loss_arguments,
 )
+from keras_infomcr.objective.replaced import replaced
 
 
 def build_compiled_loss(model: keras.Model, y: Any, outputs: Any):

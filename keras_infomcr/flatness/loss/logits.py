@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from keras_infomcr.flatness.loss.replaced import replaced
 from keras_infomcr.keras_internals import all_layers, known_logits
+from keras_infomcr.objective.replaced import replaced
 
 _KINDS = [(keras.activations.softmax, "categorical"), (keras.activations.sigmoid, "binary")]
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_infomcr import backend
-from keras_infomcr.flatness.loss.replaced import replaced
+from keras_infomcr.objective.replaced import replaced
 
 
 class Form(NamedTuple):
