@@ -13,7 +13,7 @@ from keras_infomcr.regularizers import SubBatchPerturbation
 
 
 def agreement(quick):
-    """Yield how far the numbers of this device are from those of the CPU."""
+    """Yield how far the numbers of this device are from the CPU's."""
     with keras.device("cpu"):
         exact = _numbers(quick)
     for precision in ["float32"] if quick else ["float32", "tf32"]:

@@ -103,7 +103,7 @@ def time_variant(prepare, plain, rounds):
 
 
 def relative_difference(results, reference):
-    """Return how far the numbers are from those of the reference, `None` if it has failed."""
+    """Return how far the numbers are from the reference's, `None` if it has failed."""
     if reference is None:
         return None
     return float(np.linalg.norm(results - reference) / np.linalg.norm(reference))

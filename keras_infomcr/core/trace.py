@@ -32,7 +32,7 @@ def hutchinson(products, probes, dots=inner_products):
         products: Function of an array `[k, W]` of vectors that returns A times each.
         probes: Iterable of arrays `[k, W]`, the z, of which one is kept at a time.
         dots: Function of two arrays `[k, W]` that returns the inner products of their rows, `[k]`,
-            or those of their blocks, `[k, L]`; or `squared_norms`. Defaults to the first.
+            or of their blocks, `[k, L]`; or `squared_norms`. Defaults to the first.
 
     Returns:
         Array of as many estimates as there are z, each unbiased: `[n]`, or `[n, L]` by blocks.

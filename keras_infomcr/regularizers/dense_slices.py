@@ -1,4 +1,4 @@
-"""Algorithm 1 on all sub-batches at once, for models whose weights are those of Dense layers.
+"""Algorithm 1 on all sub-batches at once, for models whose weights are all in Dense layers.
 
 With A_i the inputs of a Dense layer for the examples of sub-batch i, one a row, and D_i the
 gradients of L(B_i, w) by its outputs, A_i^T D_i is the gradient by its kernel. So its outputs at
@@ -123,7 +123,7 @@ def finite_difference(
         with_main: Boolean, whether the evaluation at w is asked for, too.
 
     Returns:
-        A `Contribution`. The predictions of its main evaluation are those of the whole batch.
+        A `Contribution`. Its main evaluation has the predictions of the whole batch.
     """
     layers = dense_layers(objective.model)
     weights = objective.weights()

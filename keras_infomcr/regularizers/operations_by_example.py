@@ -25,7 +25,7 @@ _ELEMENTWISE = frozenset(
     SoftShrink Softplus Softsign SparsePlus SparseSigmoid Squareplus TanhShrink Threshold
     """.split()
 )
-# They work along the axes that they have as attributes, the latter along those of their result.
+# They work along the axes that they have as attributes, the latter along axes of their result.
 _ALONG_AXES = frozenset(
     """
     All Amax Amin Any Argmax Argmin Argsort Concatenate CountNonzero Cumprod Cumsum Diff Flip Glu

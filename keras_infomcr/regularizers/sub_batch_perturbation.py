@@ -77,9 +77,9 @@ class SubBatchPerturbation(Regularizer):
         num_perturbed: Integer from 1 to `num_sub_batches`, or `None`. Only so many sub-batches,
             drawn at random for each step, are perturbed, and their mean stands for the mean of all:
             R_alpha and its gradient are unbiased and noisier. A step then takes 1 + k/M passes
-            instead of 2, or 1 + 2 k/M instead of 3. The sub-batches are drawn deterministically
-            from `optimizer.iterations`. With R replicas, each perturbs k/R. Defaults to `None`:
-            all are perturbed.
+            instead of 2 (but 2 where all weights are in Dense layers), or 1 + 2 k/M instead
+            of 3. The sub-batches are drawn deterministically from `optimizer.iterations`. With R
+            replicas, each perturbs k/R. Defaults to `None`: all are perturbed.
         estimator: `"finite_difference"`, the above (Algorithm 1), or `"hessian_vector_product"`,
             its limit to first order in alpha: R = alpha sum_i (b_i/B) ||g_i||^2 and, g_i held
             constant, the gradient alpha sum_i (b_i/B) H_i g_i, with H_i the Hessian of L(B_i, w).

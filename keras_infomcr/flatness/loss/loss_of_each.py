@@ -14,7 +14,7 @@ _SUMS = ("sum", "none", None)
 def loss_of_each(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
     """Return the loss of each example, an array `[N]`.
 
-    Keras makes the mean or the sum over all positions of a batch, or over those of a mask; here it
+    Keras makes the mean or the sum over all positions of a batch, or all that a mask keeps; here it
     is taken over the positions of each example.
 
     Args:

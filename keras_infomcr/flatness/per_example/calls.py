@@ -113,7 +113,7 @@ class Calls:
         """Return the form of the one call of a layer, if all examples share what it computes."""
         forms = [form for forms in self._evaluations for form in forms[layer]]
         once = len(forms) == len(self._evaluations) > 1 and None not in forms
-        # In an evaluation of one example, its axis might be that of the examples.
+        # In an evaluation of one example, its axis might be the examples' axis.
         shared = once and not forms[-1].has_batch and len({form[:-1] for form in forms}) == 1
         return forms[-1] if shared else None
 
@@ -125,7 +125,7 @@ class Calls:
 
         Args:
             one: Integer, the number of an evaluation.
-            other: Integer, that of the other.
+            other: Integer, the number of the other.
             row: Integer, the example's number in both.
         """
         if len(self._arrays) < 2:

@@ -13,7 +13,7 @@ from keras_infomcr.flatness.per_example.gradient_parts import Kind, Outer, Rows
 
 
 class _Equation(NamedTuple):
-    """The axes of inputs, kernel and outputs as strings of letters, the first that of the batch."""
+    """The axes of inputs, kernel and outputs as strings of letters, the batch's first."""
 
     inputs: str
     kernel: str
@@ -113,7 +113,7 @@ def _equation_of(layer: keras.Layer) -> str:
 
 
 def _fits(layer: keras.Layer) -> bool:
-    """Return whether gradients are outer products, those of the adapters too."""
+    """Return whether gradients are outer products, the adapters' too."""
     axes = _Equation.of(_equation_of(layer))
     last_is_free = axes.kernel[-1] not in axes.inputs
     bias_of_batch = axes.inputs[0] in (getattr(layer, "bias_axes", "") or "")

@@ -43,7 +43,7 @@ class Outer(NamedTuple):
     Attributes:
         columns: List of arrays `[N, P, I]`, the a_ip of each part of the weight, such as the inputs
             that meet an entry of a convolution's kernel. Several groups of channels, which do not
-            meet each other, are an axis before that of the positions.
+            meet each other, are an axis before the positions' axis.
         upstream: Array `[N, P, O]`, the b_ip, which all of them have in common.
     """
 

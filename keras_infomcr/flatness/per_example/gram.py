@@ -9,9 +9,9 @@ from keras_infomcr import backend
 
 # Products of so many columns at once stay in the processor's cache, and were the fastest.
 _NUM_COLUMNS = 2**13
-# Of more rows than this, products above the diagonal are not computed again below it: that saves a
-# third of the time at 800 rows on TensorFlow and torch. With fewer rows, more and smaller products
-# took longer on JAX.
+# With more rows than this, products above the diagonal are not computed again below it, which
+# saves a third of the time at 800 rows on TensorFlow and torch. With fewer rows, more and smaller
+# products took longer on JAX.
 _NUM_ROWS = 2**8
 
 

@@ -1,7 +1,7 @@
 """Layers that compute something once, for all examples: embeddings of positions, mostly.
 
 Their gradients by single examples come from a backward pass only if each example has outputs of its
-own, equal to those of all others. Whether a model takes them, and keeps them apart, is tried.
+own, equal to the copies of all others. Whether a model takes them, and keeps them apart, is tried.
 """
 
 import contextlib
