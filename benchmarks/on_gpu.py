@@ -52,14 +52,14 @@ TESTS = [
 
 def commands(output, quick):
     """Return the parts that are programs of their own: lists of arguments."""
-    side_by_side = FOLDER / "slices_side_by_side.py"
     tests = ["-m", "pytest", "-q", "-n", "0" if quick else "8", "--tb=line", "-p", "no:benchmark"]
     tests += ["-W", "ignore::DeprecationWarning"]
-    found = {"tests": [*tests, *(["tests/core/test_trace.py"] if quick else TESTS)]}
-    if side_by_side.exists():
-        options = ["--quick"] if quick else ["--networks", "resnet-20", "--batch-size", "512"]
-        found["side by side"] = [str(side_by_side), *options, "--output", str(output)]
-    return found
+    options = ["--quick"] if quick else ["--networks", "resnet-20", "--batch-size", "512"]
+    side_by_side = [str(FOLDER / "slices_side_by_side.py"), *options, "--output", str(output)]
+    return {
+        "tests": [*tests, *(["tests/core/test_trace.py"] if quick else TESTS)],
+        "side by side": side_by_side,
+    }
 
 
 def serve(connection, backend, output, quick):

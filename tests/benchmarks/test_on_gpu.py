@@ -87,9 +87,7 @@ def test_a_quick_run_measures_all_parts(tmp_path):
     arguments = ["--quick", "--output", str(tmp_path), "--backends", BACKEND, "--seconds", "900"]
     subprocess.run([sys.executable, str(BENCHMARKS / "on_gpu.py"), *arguments], check=True)
     outcomes = json.loads((tmp_path / "on_gpu_parts.json").read_text())
-    there_is = (BENCHMARKS / "slices_side_by_side.py").exists()
-    names = [n for n in on_gpu.SHARES if there_is or n != "side by side"]
-    assert {r["part"] for r in outcomes if r["outcome"] == "finished"} == set(names)
+    assert {r["part"] for r in outcomes if r["outcome"] == "finished"} == set(on_gpu.SHARES)
     [steps, further] = (
         json.loads(next(tmp_path.glob(f"{name}_{BACKEND}_*.json")).read_text())["rows"]
         for name in ("step_cost", "on_gpu")
