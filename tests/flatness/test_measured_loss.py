@@ -98,7 +98,12 @@ def mean(y_true, y_pred):
 
 @pytest.mark.parametrize(
     "loss",
-    [cross_entropy(), "mse", per_example, mean, [per_example], {"scores": per_example}],
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (cross_entropy(), "mse")),
+        per_example,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (mean, [per_example])),
+        {"scores": per_example},
+    ],
     ids=["object", "name", "function", "mean", "list", "dictionary"],
 )
 @pytest.mark.parametrize("has_been_compiled", [False, True])
