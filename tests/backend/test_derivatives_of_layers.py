@@ -29,10 +29,20 @@ from contract_networks import (
     regularize,
 )
 from frameworks import array, numpy
+from parameters import with_slow
 
 from keras_infomcr import backend
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+# The heaviest, which share most operations with others: CI alone tries all of their derivatives.
+REPEATS = ("lstm", "multi_head_attention", "depthwise_conv_2d", "layer_norm_without_scale",
+           "group_norm", "frozen_batch_norm")  # fmt: skip
+
+
+def each_but_repeats(cases):
+    marked = with_slow(cases, *(case for case in cases if case.name in REPEATS))
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 @each(CASES)
@@ -44,7 +54,7 @@ def test_value_and_gradient(float64, case):
     assert_close(gradients, oracle.derivative(loss, net.points), case.tolerance(ROUNDING))
 
 
-@each(CASES)
+@each_but_repeats(CASES)
 def test_hessian_vector_product_with_the_gradient_and_with_a_given_vector(float64, case):
     net = Net(case)
     assert_products(net, net.objective, mean_of(net.numpy_losses_of_batch()), case.tolerance)
@@ -66,7 +76,7 @@ def assert_products(net, function, loss, tolerance):
         assert_close(products, expected, tolerance(STENCIL))
 
 
-@each(CASES)
+@each_but_repeats(CASES)
 def test_gradients_of_each_example_through_the_whole_batch(float64, case):
     net = Net(case)
     jacobian = backend.jacobian(net.example_losses)
@@ -76,7 +86,7 @@ def test_gradients_of_each_example_through_the_whole_batch(float64, case):
     assert_close(rows, oracle.derivative(losses, net.points), case.tolerance(ROUNDING))
 
 
-@each([case for case in CASES if not case.couples])
+@each_but_repeats([case for case in CASES if not case.couples])
 def test_gradients_of_each_example_by_itself(float64, case):
     net = Net(case)
     jacobian = backend.gradients_by_example(net.example_losses)
@@ -87,7 +97,7 @@ def test_gradients_of_each_example_by_itself(float64, case):
     assert_close(rows, oracle.derivative(losses, net.points), case.tolerance(ROUNDING))
 
 
-@each(CASES)
+@each_but_repeats(CASES)
 def test_sub_batches_by_either_estimator(float64, case):
     net = Net(case)
     finite, products = regularize(net, *ESTIMATORS)

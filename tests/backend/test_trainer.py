@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel, backend
 
@@ -55,7 +56,7 @@ def scaled():
 
 @pytest.mark.parametrize(
     "optimizer",
-    [pytest.param(x, marks=pytest.mark.slow) for x in (adam, clipped)] + [accumulating, scaled],
+    slow_but([adam, clipped, accumulating, scaled], accumulating),
 )
 def test_main_pass_and_optimizer_step_are_those_of_keras(optimizer):
     found = []

@@ -28,10 +28,10 @@ def data(rng):
 @pytest.mark.parametrize(
     ("frequency", "epochs", "initial_epoch", "measured"),
     [
-        (1, 3, 0, [True, True, True]),
+        pytest.param(1, 3, 0, [True, True, True], marks=pytest.mark.slow),
         (2, 5, 0, [False, True, False, True, True]),
         (3, 6, 2, [True, False, False, True]),
-        (10, 2, 0, [False, True]),
+        pytest.param(10, 2, 0, [False, True], marks=pytest.mark.slow),
     ],
 )
 def test_every_so_many_epochs_and_after_the_last(data, frequency, epochs, initial_epoch, measured):
@@ -180,8 +180,8 @@ def test_model_under_a_distribution_strategy(data, mirrored):
     "make",
     [
         lambda x, y: dataset(x, y).batch(4),
-        lambda x, y: [(x[:13], y[:13]), (x[13:], y[13:])],
-        lambda x, y: (x, y, np.ones(20)),
+        pytest.param(lambda x, y: [(x[:13], y[:13]), (x[13:], y[13:])], marks=pytest.mark.slow),
+        pytest.param(lambda x, y: (x, y, np.ones(20)), marks=pytest.mark.slow),
         lambda x, y: (array(x), np.eye(NUM_CLASSES)[y]),
     ],
     ids=["dataset", "list of batches", "weighted", "tensors"],
@@ -263,7 +263,7 @@ class OfUsers(keras.utils.PyDataset):
     [
         OfUsers,
         pytest.param(lambda x, y: ({"of_users": x}, y), marks=pytest.mark.slow),
-        lambda x, y: ({"of_users": x}, y, np.ones(20)),
+        pytest.param(lambda x, y: ({"of_users": x}, y, np.ones(20)), marks=pytest.mark.slow),
         pytest.param(
             lambda x, y: [({"of_users": x[:8]}, y[:8]), ({"of_users": x[8:]}, y[8:])],
             marks=pytest.mark.slow,

@@ -76,7 +76,10 @@ def test_a_function_may_return_any_number(number):
     "schedule",
     [
         schedules.PiecewiseConstantDecay([2], [1.0, 5.0]),
-        schedules.CosineDecay(0.0, decay_steps=3, warmup_target=40.0, warmup_steps=2),
+        pytest.param(
+            schedules.CosineDecay(0.0, decay_steps=3, warmup_target=40.0, warmup_steps=2),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_schedule_over_steps(schedule, optimizer):
@@ -133,10 +136,10 @@ def test_quiet_by_default(capsys):
 @pytest.mark.parametrize(
     ("rule", "parameter"),
     [
-        (SharpnessAware, "rho"),
+        pytest.param(SharpnessAware, "rho", marks=pytest.mark.slow),
         (SubBatchPerturbation, "beta"),
         (WeightNoise, "std"),
-        (WeightNoise, "strength"),
+        pytest.param(WeightNoise, "strength", marks=pytest.mark.slow),
     ],
 )
 def test_another_name_of_a_live_parameter(rule, parameter, capsys):

@@ -1,5 +1,7 @@
 """The gate opens before exactly the batch that first uses a lower learning rate."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -28,11 +30,17 @@ from keras_infomcr.regularizers import SubBatchPerturbation
 pytestmark = pytest.mark.usefixtures("nothing_recorded")
 
 
-# Where there is no other callback, there is one order.
+# One mechanism of each kind, in either order; CI tries the others.
+FAST = [
+    ("ReduceLROnPlateau", True),
+    ("LearningRateScheduler, begins lower", False),
+    ("PiecewiseConstantDecay", False),
+    ("LossScaleOptimizer, ReduceLROnPlateau", False),
+    ("set after a batch", False),
+]
 ORDERS = [
-    pytest.param(name, first, id=f"{name}-{first}", marks=[pytest.mark.slow] * (alone and first))
-    for name, alone in ((name, callback is None) for name, (_, callback, _) in MECHANISMS.items())
-    for first in (False, True)
+    pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in FAST))
+    for case in itertools.product(MECHANISMS, (False, True))
 ]
 
 
@@ -80,7 +88,9 @@ def test_by_default_the_usual_steps_open_it_at_once(factor):
             marks=pytest.mark.slow,
         ),
         # 0.9^2 = 0.81, 0.9^3 = 0.729.
-        (schedules.ExponentialDecay(0.1, 2, 0.9, staircase=True), 6 / 24),
+        pytest.param(
+            schedules.ExponentialDecay(0.1, 2, 0.9, staircase=True), 6 / 24, marks=pytest.mark.slow
+        ),
     ],
     ids=["cosine", "linear", "steps of 0.9"],
 )
@@ -101,7 +111,15 @@ def test_by_default_smooth_decays_open_it_in_mid_training(rate, share):
     assert all(seen[seen.index(True) :])
 
 
-@pytest.mark.parametrize(("ratio", "step"), [(1.0, 2), (0.99, 4), (0.85, 4), (0.75, 6)])
+@pytest.mark.parametrize(
+    ("ratio", "step"),
+    [
+        (1.0, 2),
+        pytest.param(0.99, 4, marks=pytest.mark.slow),
+        pytest.param(0.85, 4, marks=pytest.mark.slow),
+        (0.75, 6),
+    ],
+)
 def test_ratio(ratio, step):
     model = compiled(0.1)
     rates = keras.callbacks.LearningRateScheduler(lambda e: [0.1, 0.0995, 0.08, 0.07][e])
@@ -110,7 +128,16 @@ def test_ratio(ratio, step):
     assert_opened_at(step)
 
 
-@pytest.mark.parametrize(("start_epoch", "step"), [(0, 0), (1, 2), (2, 4), (3, 4), (None, 4)])
+@pytest.mark.parametrize(
+    ("start_epoch", "step"),
+    [
+        pytest.param(0, 0, marks=pytest.mark.slow),
+        (1, 2),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+        pytest.param(3, 4, marks=pytest.mark.slow),
+        (None, 4),
+    ],
+)
 def test_start_epoch_opens_even_without_a_drop(start_epoch, step):
     fit(compiled(0.1), [scheduler(), StartRegAfterLRDrop(start_epoch=start_epoch)])
     assert_opened_at(step)
@@ -152,7 +179,14 @@ def test_opens_a_compiled_step(make):
 
 
 @only_on("tensorflow", "jax", reason="Keras refuses `steps_per_execution` on torch.")
-@pytest.mark.parametrize(("boundary", "batch"), [(5, 7), (4, 7), (3, 5)])
+@pytest.mark.parametrize(
+    ("boundary", "batch"),
+    [
+        pytest.param(5, 7, marks=pytest.mark.slow),
+        (4, 7),
+        pytest.param(3, 5, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_per_execution(boundary, batch):
     """Two steps are executed together, so that the drop is seen before the next two."""
     rate = schedules.PiecewiseConstantDecay([boundary], [0.1, 0.01])

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("nothing_recorded")
     ("epochs", "fraction", "first"),
     [
         pytest.param(10, 0.3, 7, marks=pytest.mark.slow),
-        (10, 0.25, 8),  # 2.5 epochs round to the even number
+        pytest.param(10, 0.25, 8, marks=pytest.mark.slow),  # 2.5 epochs round to the even number
         (3, 0.3, 2),  # 0.9
-        (4, 0.3, 3),  # 1.2
+        pytest.param(4, 0.3, 3, marks=pytest.mark.slow),  # 1.2
         (2, 0.01, 1),  # at least one
         (2, 1.0, 0),
         (1, 0.3, 0),

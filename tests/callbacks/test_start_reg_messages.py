@@ -126,9 +126,11 @@ class OwnSGD(keras.optimizers.SGD):
 @pytest.mark.parametrize(
     ("callbacks", "settings"),
     [
-        ([keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)], {}),
+        pytest.param(
+            [keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)], {}, marks=pytest.mark.slow
+        ),
         ([keras.callbacks.ReduceLROnPlateau("loss", patience=9)], {}),
-        ([keras.callbacks.LambdaCallback()], {}),
+        pytest.param([keras.callbacks.LambdaCallback()], {}, marks=pytest.mark.slow),
         ([Idle()], {}),
         ([], {"optimizer": lambda: keras.optimizers.SGD(schedules.CosineDecay(0.1, 1000))}),
         ([], {"optimizer": lambda: OwnSGD(0.1)}),

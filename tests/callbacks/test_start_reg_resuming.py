@@ -24,6 +24,7 @@ from learning_rate_drops import (
     scheduler,
     wrapped,
 )
+from parameters import slow_but
 
 from keras_infomcr import StartRegAfterLRDrop
 
@@ -73,7 +74,9 @@ def run(mechanism, directory, until=None, order=(0, 1, 2), make=functional, epoc
     "order", [pytest.param((0, 1, 2), marks=pytest.mark.slow), (2, 1, 0)], ids=str
 )
 @pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("mechanism", RESUMABLE)
+@pytest.mark.parametrize(
+    "mechanism", slow_but(RESUMABLE, "ReduceLROnPlateau", "PiecewiseConstantDecay")
+)
 def test_resumes_with_backup_and_restore(mechanism, epoch, order, tmp_path):
     run(mechanism, tmp_path, epoch, order)
     assert len(RATES) == epoch * STEPS
@@ -135,7 +138,9 @@ def test_resumes_a_wrapped_model(mechanism, epoch, tmp_path):
 
 @pytest.mark.parametrize("make", [functional, pytest.param(wrapped, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("mechanism", ["ReduceLROnPlateau", "CosineDecay with warm-up"])
+@pytest.mark.parametrize(
+    "mechanism", slow_but(["ReduceLROnPlateau", "CosineDecay with warm-up"], "ReduceLROnPlateau")
+)
 def test_resumes_from_a_file(mechanism, epoch, make, tmp_path):
     model, callbacks = prepared(mechanism, make)
     checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
@@ -211,7 +216,7 @@ def test_a_file_that_remembers_the_peak_is_still_one_of_plain_keras(make, sharde
     assert len(ACTIVE) == STEPS
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", slow_but([1, 3], 3))
 @pytest.mark.parametrize("mechanism", ["ReduceLROnPlateau", "PiecewiseConstantDecay"])
 def test_a_second_fit_continues(mechanism, epochs):
     model, callbacks = prepared(mechanism)

@@ -101,7 +101,7 @@ def lower_at(epoch):
         pytest.param({"start": 1, "frequency": 2}, [5], marks=pytest.mark.slow),
         pytest.param({"start": 1, "unit": "step"}, [2, 3, 4, 5, 6, 7], marks=pytest.mark.slow),
         ({"start": 1, "unit": "step", "frequency": 3}, [4, 7]),
-        ({}, [5, 7]),
+        pytest.param({}, [5, 7], marks=pytest.mark.slow),
         pytest.param({"unit": "step", "frequency": 2}, [5, 7], marks=pytest.mark.slow),
     ],
 )
@@ -279,7 +279,7 @@ def regularized():
 @pytest.mark.parametrize(
     ("make", "settings", "until", "position"),
     [
-        (plain, {"reestimate_with": X}, 1, 0),
+        pytest.param(plain, {"reestimate_with": X}, 1, 0, marks=pytest.mark.slow),
         pytest.param(plain, {}, 3, 1, marks=pytest.mark.slow),
         pytest.param(plain, {}, 3, 0, marks=pytest.mark.slow),
         pytest.param(

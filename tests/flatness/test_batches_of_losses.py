@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, jacobian, numpy
 from keras import layers, losses, ops
+from parameters import with_slow
 
 from keras_infomcr import backend
 from keras_infomcr.flatness import fisher_trace, hessian_trace
@@ -233,7 +234,11 @@ LISTED["CTC"] = Case(
     epsilon=np.finfo("float32").eps,  # in which TensorFlow computes it
 )  # fmt: skip
 ALL = CASES | LISTED
-PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * (n in LISTED)) for n in ALL]
+# Repeats of others of the table.
+REPEATS = ("mask and ignored class", "mask of a softmax", "weighted mean under a mask",
+           "sum under a mask", "outputs in a dict", "labels in a dict", "one-hot tokens",
+           "tokens of a softmax", "several labels", "images", "along an axis")  # fmt: skip
+PARAMS = with_slow(ALL, *LISTED, *REPEATS)
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -300,7 +305,7 @@ def mean_square(y_true, y_pred):
     ("model", "y", "loss", "together"),
     [
         (vectors, PROBABILITIES, Renamed, True),
-        (vectors, PROBABILITIES, Fourth, False),
+        pytest.param(vectors, PROBABILITIES, Fourth, False, marks=pytest.mark.slow),
         (vectors, PROBABILITIES, Twice, False),
         (vectors, PROBABILITIES, lambda: mean_square, False),
         (vectors, PROBABILITIES, losses.Dice, False),

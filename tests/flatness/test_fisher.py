@@ -212,8 +212,8 @@ def binary(label_smoothing=0.0):
     [
         (3, (6,), categorical, lambda: categorical(0.3)),
         (1, (6,), binary, lambda: binary(0.3)),
-        (3, (5, 6), categorical, lambda: categorical(0.3)),
-        (3, (6,), binary, lambda: binary(0.3)),
+        pytest.param(3, (5, 6), categorical, lambda: categorical(0.3), marks=pytest.mark.slow),
+        pytest.param(3, (6,), binary, lambda: binary(0.3), marks=pytest.mark.slow),
         (3, (6,), lambda: "mse", lambda: "mse"),
     ],
     ids=["classes", "two classes", "sequences", "several labels", "squares"],

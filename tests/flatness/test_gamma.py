@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 from nets import NUM_CLASSES, classifier, sequential
+from parameters import slow_but
 
 from keras_infomcr import flatness
 from keras_infomcr.flatness import Estimate, gamma, gamma_hat, gamma_hat_by_layer, plot
@@ -63,7 +64,7 @@ def test_a_mistyped_argument_is_named_by_the_function_that_was_called(data, name
             getattr(flatness, name)(classifier(), *data, **{wrong: 5})
 
 
-@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("name", slow_but(TRIALS, "gamma_hat", "fisher_trace"))
 def test_progress_counts_the_trials(data, capsys, name):
     measure = getattr(flatness, name)
     measure(classifier(), *data, num_examples=4, num_trials=3, verbose=1)

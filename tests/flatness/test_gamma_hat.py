@@ -32,6 +32,7 @@ from nets import (
     sequential,
 )
 from oracles import binary_log_loss_of, ln_xi, log_loss_of, rounding, rows_of_losses
+from parameters import with_slow
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.flatness.per_example import trial_grams
@@ -74,9 +75,9 @@ def test_two_layer_net_against_hand_written_backpropagation(float64, data, num_e
         (classifier, lambda x: x, None),
         (of_subclass, lambda x: x, None),
         (of_convolutions, lambda x: x, None),
-        (of_convolutions, lambda x: x, 5),
+        pytest.param(of_convolutions, lambda x: x, 5, marks=pytest.mark.slow),
         (of_shared_and_nested_layers, lambda x: x, None),
-        (of_recurrence, lambda x: x, None),
+        pytest.param(of_recurrence, lambda x: x, None, marks=pytest.mark.slow),
         pytest.param(of_recurrence, lambda x: x, 5, marks=pytest.mark.slow),
         (of_frozen_layer, lambda x: x, None),
         (of_dict_inputs, lambda x: {"a": x, "b": x[::-1] + 1}, None),
@@ -149,7 +150,7 @@ of_other_losses = pytest.mark.filterwarnings("ignore:The loss is no cross-entrop
     ("loss", "losses_of", "base"),
     [
         (lambda: "mse", mean_square, keras.Model),
-        (lambda: "mse", mean_square, RegularizedModel),
+        pytest.param(lambda: "mse", mean_square, RegularizedModel, marks=pytest.mark.slow),
         (lambda: keras.losses.MeanSquaredError(reduction="sum"), mean_square, keras.Model),
         (binary_from_logits, mean_binary, keras.Model),  # several labels an example
         (lambda: fourth_power, fourth_power, RegularizedModel),
@@ -207,7 +208,7 @@ def test_a_weight_of_many_entries_against_svd(float64, rng):
     assert measure(model, x, y).value == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", with_slow([False, True], True))
 def test_weights_in_groups_do_not_change_the_value(float64, data, monkeypatch, training):
     model = of_batch_normalization()
     settings = {"training": training, "chunk_size": 6, "seed": 0}
@@ -227,11 +228,11 @@ def test_weights_in_groups_do_not_change_the_value(float64, data, monkeypatch, t
     [
         lambda: "sparse_categorical_crossentropy",
         pytest.param(lambda: keras.losses.sparse_categorical_crossentropy, marks=pytest.mark.slow),
-        keras.losses.SparseCategoricalCrossentropy,
+        pytest.param(keras.losses.SparseCategoricalCrossentropy, marks=pytest.mark.slow),
         lambda: keras.losses.SparseCategoricalCrossentropy(ignore_class=-1),
         pytest.param(lambda: "CategoricalCrossentropy", marks=pytest.mark.slow),
         lambda: keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
-        lambda: [keras.losses.CategoricalCrossentropy()],
+        pytest.param(lambda: [keras.losses.CategoricalCrossentropy()], marks=pytest.mark.slow),
     ],
     ids=["name", "function", "class", "ignore_class", "class name", "smoothing", "list"],
 )
@@ -283,7 +284,7 @@ def test_softmax_is_looked_behind(data, stack):
     assert measure(model, x, y).value == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", with_slow(["softmax", "sigmoid"], "sigmoid"))
 def test_other_probabilities_are_taken_as_such_with_one_warning(float64, data, monkeypatch, kind):
     monkeypatch.setattr(trial_grams, "_ROW_BYTES", 1)  # many compiled functions, still one warning
     x, y = data

@@ -50,7 +50,10 @@ def value_of_the_reference_code(model, x, y, trials, scale=None):
 
 @pytest.mark.parametrize(
     ("make", "scale"),
-    [(of_batch_normalization, 0.5), (of_convolutions, None)],
+    [
+        (of_batch_normalization, 0.5),
+        pytest.param(of_convolutions, None, marks=pytest.mark.slow),
+    ],
 )
 def test_training_in_chunks_of_10_is_the_reference_codes_convention(float64, rng, make, scale):
     x, y = rng.normal(size=(40, 6)), rng.integers(0, NUM_CLASSES, 40)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 from nets import NUM_CLASSES, classifier, sequential
+from parameters import with_slow
 
 from keras_infomcr.flatness import gamma_hat
 
@@ -123,7 +124,7 @@ def test_examples_without_gradient(data):
     assert message == "gamma_hat is not finite: examples 0, 1, 2, 3 have no gradient."
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", with_slow([np.nan, np.inf], np.inf))
 @pytest.mark.parametrize(
     ("loss", "training"),
     [(None, False), (None, True), ("categorical_focal_crossentropy", False)],

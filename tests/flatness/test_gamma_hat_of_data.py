@@ -28,8 +28,8 @@ def data(rng):
     "make",
     [
         dataset,
-        lambda x, y: dataset(x, y, np.ones(12)),
-        lambda x, y: dataset(x, y).repeat(),
+        pytest.param(lambda x, y: dataset(x, y, np.ones(12)), marks=pytest.mark.slow),
+        pytest.param(lambda x, y: dataset(x, y).repeat(), marks=pytest.mark.slow),
         lambda x, y: Batches(x, y, 3),
         lambda x, y: Batches(x, y, None),
         lambda x, y: (batch for batch in in_batches(x, y)),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from measuring import assert_untouched, kinds_of_data, softmax
 from nets import NUM_CLASSES, classifier, compiled, from_logits, sequential
+from parameters import with_slow
 
 from keras_infomcr.flatness import input_jacobian_norm
 
@@ -123,7 +124,7 @@ def test_examples_do_not_see_each_other(float64, data, chunk_size):
     assert_norms(model, data[0], np.stack(columns, axis=2), rel=1e-7, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("margin", [2.0, 12.0, 15.0, 40.0, 200.0])
+@pytest.mark.parametrize("margin", with_slow([2.0, 12.0, 15.0, 40.0, 200.0], 12.0, 200.0))
 @pytest.mark.parametrize("kind", ["logits", "softmax", "sigmoid"])
 def test_saturated_probabilities_keep_their_slope(margin, kind):
     """The logits are m and 0, or m alone: the slopes are p q, p = 1 / (1 + exp(-m))."""

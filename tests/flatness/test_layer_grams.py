@@ -8,6 +8,7 @@ from keras import layers, ops
 from measuring import measure
 from nets import NUM_CLASSES, compiled
 from oracles import ln_xi
+from parameters import with_slow
 from tapped import Tokens, estimator_of, expected_by_layer, log_odds, made
 
 from keras_infomcr import backend
@@ -197,7 +198,7 @@ class Named(layers.Dense):
     "stack",
     [
         dense,
-        convolutions_1d,
+        pytest.param(convolutions_1d, marks=pytest.mark.slow),
         convolutions_2d,
         pytest.param(convolutions_3d, marks=pytest.mark.slow),
         batch_normalizations,
@@ -365,7 +366,10 @@ class Scanned(keras.Model):
         return self.last(hidden)
 
 
-@pytest.mark.parametrize("make", [Tied, OwnStatistics, InPlace, Twins, Transposed, Looped, Scanned])
+@pytest.mark.parametrize(
+    "make",
+    with_slow([Tied, OwnStatistics, InPlace, Twins, Transposed, Looped, Scanned], Looped, Scanned),
+)
 def test_other_uses_of_layers_against_jacobians(float64, data, make):
     model = make()
     model(data[0][:2])

@@ -72,11 +72,14 @@ def binary_from_logits():
     ("units", "activation", "loss", "labels_of", "kind"),
     [
         (1, None, binary_from_logits, lambda y: y, "multiplicative"),
-        (1, None, binary_from_logits, lambda y: y, "additive"),
-        (1, "sigmoid", lambda: "binary_crossentropy", lambda y: y[:, None], "multiplicative"),
+        pytest.param(
+            1, None, binary_from_logits, lambda y: y, "additive", marks=pytest.mark.slow
+        ),
+        pytest.param(1, "sigmoid", lambda: "binary_crossentropy", lambda y: y[:, None],
+                     "multiplicative", marks=pytest.mark.slow),
         (2, None, from_logits, lambda y: y, "multiplicative"),
-        (2, "softmax", lambda: "sparse_categorical_crossentropy", lambda y: y[:, None],
-         "multiplicative"),
+        pytest.param(2, "softmax", lambda: "sparse_categorical_crossentropy",
+                     lambda y: y[:, None], "multiplicative", marks=pytest.mark.slow),
         (2, "softmax", lambda: "categorical_crossentropy", lambda y: np.eye(2)[y], "additive"),
     ],
 )  # fmt: skip

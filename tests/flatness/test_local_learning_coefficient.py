@@ -23,7 +23,7 @@ layers = keras.layers
         ({"fitted": True}, 1.0, 8.0, 0.03, 40),
         pytest.param({"fitted": True}, 1.0, 8.0, 0.1, 40, marks=pytest.mark.slow),
         pytest.param({"fitted": True}, 40.0, 8.0, 1.0, 40, marks=pytest.mark.slow),
-        ({"offset": 3.0}, 1.0, 8.0, 0.05, 40),
+        pytest.param({"offset": 3.0}, 1.0, 8.0, 0.05, 40, marks=pytest.mark.slow),
         ({"offset": 3.0}, 1e4, 8e4, 0.05, 4),
     ],
     ids=["short steps", "long steps", "no memory", "no minimum", "cold"],

@@ -40,6 +40,8 @@ MEASURES = {
 }
 # They share what is compiled for gamma-hat and the trace: CI alone tries them.
 SLOW = (
+    "normalised",
+    "training",
     "gamma",
     "by layer",
     "spectral radius",

@@ -71,8 +71,8 @@ def compiled(loss):
     return model
 
 
-# They take their products from the same object as the trace: CI alone tries them.
-SLOW = MEASURES[1:5]
+# They share the products of the trace, and the chains of the local entropy: CI alone tries them.
+SLOW = MEASURES[1:5] + MEASURES[7:9]
 PARAMS = [
     pytest.param(m, id=m.func.__name__, marks=[pytest.mark.slow] * (m in SLOW)) for m in MEASURES
 ]
@@ -98,7 +98,12 @@ def mean(y_true, y_pred):
 
 @pytest.mark.parametrize(
     "loss",
-    [cross_entropy(), "mse", per_example, mean, [per_example], {"scores": per_example}],
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (cross_entropy(), "mse")),
+        per_example,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (mean, [per_example])),
+        {"scores": per_example},
+    ],
     ids=["object", "name", "function", "mean", "list", "dictionary"],
 )
 @pytest.mark.parametrize("has_been_compiled", [False, True])

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from parameters import slow_but
 
 from keras_infomcr import GammaHatCallback, callbacks, flatness
 from keras_infomcr.flatness.data.examples import draw_trials
@@ -139,7 +140,10 @@ class Ruin(keras.callbacks.Callback):
     "make",
     [
         lambda data: GammaHatCallback(data, **TRIAL),
-        lambda data: callbacks.FlatnessCallback(data, [flatness.hessian_trace]),
+        pytest.param(
+            lambda data: callbacks.FlatnessCallback(data, [flatness.hessian_trace]),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["gamma_hat", "hessian_trace"],
 )
@@ -150,7 +154,7 @@ def test_in_fit_once_until_the_model_fits_again(data, make):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("name", ["gamma_hat", "fisher_trace"])
+@pytest.mark.parametrize("name", slow_but(["gamma_hat", "fisher_trace"], "gamma_hat"))
 @pytest.mark.parametrize(("factor", "count"), [(1.0, 0), (1e6, 1)])
 def test_normalised_logits_are_judged_as_they_were(data, name, factor, count):
     """Divided by their norm, logits of any size give much the same loss."""

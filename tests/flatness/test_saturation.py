@@ -101,7 +101,7 @@ class Saturated:
         return self.model, self.x, self.y
 
 
-FAST = ("softmax", "one-hot", "Softmax", "logits")
+FAST = ("one-hot", "logits")
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in CASES]
 
 
@@ -301,7 +301,7 @@ NOISE = (np.eye(3) * 0.7 + 0.1).astype("float32")
     ("loss", "same"),
     [
         (Corrected, lambda: corrected_cross_entropy),
-        (Renamed, keras.losses.CategoricalCrossentropy),
+        pytest.param(Renamed, keras.losses.CategoricalCrossentropy, marks=pytest.mark.slow),
     ],
     ids=["corrected", "renamed"],
 )

@@ -202,7 +202,7 @@ def weights_of(model):
 # In half precision
 
 
-@pytest.mark.parametrize("seed", seeds((1, 2), range(15)))
+@pytest.mark.parametrize("seed", seeds((1,), range(15)))
 def test_regularizer_is_computed_in_float32_whatever_the_policy(seed):
     assert_holds(check_precision, in_less_precision(seed))
 

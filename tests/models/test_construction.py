@@ -6,6 +6,7 @@ import pytest
 from frameworks import assert_allclose, assert_array_equal
 from keras import layers
 from keras.src.models.functional import Functional
+from parameters import slow_but, with_slow
 from ways_to_make import (
     SINGLE,
     X2,
@@ -38,7 +39,20 @@ def expected_single():
     return weights
 
 
-@pytest.mark.parametrize("way", SINGLE)
+@pytest.mark.parametrize(
+    "way",
+    with_slow(
+        SINGLE,
+        "functional, outputs keyword",
+        "functional, keywords",
+        "subclass, build",
+        "subclass, training argument",
+        "functional subclass, positional",
+        "functional subclass, mixin",
+        "from Sequential",
+        "from subclass, training argument",
+    ),
+)
 def test_every_way_trains_alike(way, expected_single):
     model = SINGLE[way]()
     assert isinstance(model, RegularizedModel)
@@ -48,7 +62,7 @@ def test_every_way_trains_alike(way, expected_single):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("way", ["subclass", "from deferred Sequential"])
+@pytest.mark.parametrize("way", slow_but(["subclass", "from deferred Sequential"], "subclass"))
 def test_an_unbuilt_model_is_built_by_fit(way, eager):
     model = SINGLE[way]()
     regularizer = SubBatchPerturbation(num_sub_batches=2)
@@ -78,7 +92,7 @@ def expected_several():
     return trained_weights(model, loss=lambda y, p: keras.ops.mean((y - p) ** 2, axis=-1) * 5)
 
 
-@pytest.mark.parametrize("structure", [as_dict, as_list])
+@pytest.mark.parametrize("structure", slow_but([as_dict, as_list], as_dict))
 @pytest.mark.parametrize("way", SEVERAL)
 def test_several_inputs_and_outputs_train_alike(way, structure, expected_several):
     model = SEVERAL[way](structure)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from frameworks import tensorflow
+from parameters import slow_but
 
 from keras_infomcr import GammaHatCallback, RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -41,9 +42,7 @@ def train(data, **kwargs):
     return model.fit(epochs=2, shuffle=False, verbose=0, callbacks=[callback], **kwargs).history
 
 
-@pytest.mark.parametrize(
-    "make", [Batches, dataset, pytest.param(data_loader, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("make", slow_but([Batches, dataset, data_loader], dataset))
 def test_data_of_any_kind(make):
     data = make()
     logs = train(data, x=data)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from frameworks import assert_array_equal, numpy, only_on
 from keras import layers
+from parameters import with_slow
 from ways_to_make import (
     ORIGINALS,
     X2,
@@ -22,7 +23,15 @@ from keras_infomcr import RegularizedModel
 
 
 @pytest.mark.parametrize("built_first", [False, True])
-@pytest.mark.parametrize("kind", ORIGINALS)
+@pytest.mark.parametrize(
+    "kind",
+    with_slow(
+        ORIGINALS,
+        "deferred Sequential",
+        "subclass, training argument",
+        "functional subclass, call",
+    ),
+)
 def test_from_model_shares_the_weights(kind, built_first):
     original = ORIGINALS[kind]()
     if built_first:
@@ -216,7 +225,9 @@ def test_from_model_of_a_model_whose_instance_has_a_step_of_its_own(make):
         RegularizedModel.from_model(model)
 
 
-@pytest.mark.parametrize("kind", ["Functional", "subclass", "functional subclass"])
+@pytest.mark.parametrize(
+    "kind", with_slow(["Functional", "subclass", "functional subclass"], "Functional")
+)
 def test_from_model_of_a_model_that_has_been_used(kind):
     """Keras sets attributes on a model in use, which must not count as overridden by its user."""
     original = ORIGINALS[kind]()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from frameworks import only_on
 from literal_reading import ALPHA, BETA, literal_base, trained, weights_of
+from parameters import slow_but
 from small_nets import EAGER, XLA, X, Y, compiling, fitting, sgd, two_layers
 
 from keras_infomcr import RegularizedModel
@@ -76,7 +77,7 @@ WHEN = {"opened": [False, True, True], "closed": [True, False, False], "both": [
 
 
 @pytest.mark.parametrize(("callback", "mode"), [(Call, {}), (CallAfter, {}), (Call, EAGER)])
-@pytest.mark.parametrize("when", WHEN.values(), ids=WHEN)
+@pytest.mark.parametrize("when", slow_but(WHEN.values(), WHEN["both"]), ids=WHEN)
 def test_gate_flipped_in_fit_takes_effect_with_the_next_batch(callback, mode, when):
     def flip(model, batch):
         model.regularizer_active = when[min(batch, 2)]

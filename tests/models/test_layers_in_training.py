@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, only_on
 from literal_reading import check_training
+from parameters import with_slow
 from small_nets import (
     EAGER,
     SIZE,
@@ -207,7 +208,10 @@ def embedding(base):
 WORDS = np.random.default_rng(1).integers(6, size=(SIZE, 4))
 
 
-@pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, sgd, keras.optimizers.RMSprop])
+@pytest.mark.parametrize(
+    "optimizer",
+    with_slow([keras.optimizers.Adam, sgd, keras.optimizers.RMSprop], keras.optimizers.RMSprop),
+)
 def test_embedding_with_zero_beta_equals_plain_keras(optimizer):
     # Keras's optimizers depend on how often a row occurs in a sparse gradient, which must stay.
     check_training(

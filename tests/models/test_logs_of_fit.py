@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from literal_reading import ALPHA, BETA
+from parameters import with_slow
 from small_nets import QUICKEST, X, Y, sgd, two_layers
 
 from keras_infomcr import RegularizedModel
@@ -40,7 +41,7 @@ def test_log_is_seen_by_callbacks_and_by_the_progress_bar(capsys):
     assert "infomcr_reg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+@pytest.mark.parametrize("verbose", with_slow(["auto", 1, 2], 1))
 def test_the_progress_bar_shows_the_regulariser_in_the_epochs_in_which_it_acts(verbose, capsys):
     model = two_layers(RegularizedModel)
     model.compile(sgd(), "mse", regularizer=SubBatchPerturbation(ALPHA, BETA, 2), **QUICKEST)

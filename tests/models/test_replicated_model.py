@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from frameworks import BACKEND, assert_allclose, assert_array_equal, numpy, only_on, slices
+from parameters import with_slow
 
 from keras_infomcr.flatness import reestimate_batch_norm
 from keras_infomcr.models import ReplicatedModel
@@ -103,7 +104,7 @@ def copied(model):
     return twin
 
 
-@pytest.mark.parametrize("coupling", [0.5, 4096.0])
+@pytest.mark.parametrize("coupling", with_slow([0.5, 4096.0], 4096.0))
 def test_on_a_quadratic_the_centre_is_plain_descent_and_distances_shrink(float64, coupling):
     """With the second coupling 2 lr g = 1024: an explicit force is unstable above 2."""
     x, y = X[:6].astype("float64"), Y[:6, :1].astype("float64")
@@ -149,7 +150,7 @@ def cut(structure, rows):
     ("run", "size"),
     [
         ("batch norm, penalties, sample weights", 8),
-        ("dicts", 8),
+        pytest.param("dicts", 8, marks=pytest.mark.slow),
         pytest.param("sharp softmax", 8, marks=pytest.mark.slow),
         pytest.param("masks", 8, marks=pytest.mark.slow),
         pytest.param("masks", 6, marks=pytest.mark.slow),

@@ -15,6 +15,7 @@ def test_steps_per_execution():
     check_training(two_layers, fitting(), compiling(steps_per_execution=2), "auto")
 
 
+@pytest.mark.slow
 def test_jit_compile():
     # XLA fuses the two programs differently.
     check_training(two_layers, fitting(), compiling(**XLA), "auto", 1e-13)
@@ -24,7 +25,9 @@ def test_run_eagerly():
     check_training(two_layers, fitting(), compiling(**EAGER), "auto")
 
 
-@pytest.mark.parametrize(("main", "eagerly"), [("full_batch", False), ("auto", True)])
+@pytest.mark.parametrize(
+    ("main", "eagerly"), [pytest.param("full_batch", False, marks=pytest.mark.slow), ("auto", True)]
+)
 def test_train_on_batch(main, eagerly):
     def fit(model):
         batches = [slice(0, 5), slice(5, 6)]

@@ -27,6 +27,7 @@ from models_to_save import (
     regularizer,
     train,
 )
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.layers import LogitNormalization
@@ -41,7 +42,16 @@ def from_deepcopy(model, tmp_path):
     return copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    slow_but(
+        WAYS,
+        "functional",
+        "subclass",
+        "functional subclass, arguments",
+        "from deferred Sequential",
+    ),
+)
 def test_a_loaded_model_trains_on_as_if_it_had_not_been_saved(way, tmp_path):
     model = train(compiled(WAYS[way]()))
     model.regularizer.beta = 20.0
@@ -71,7 +81,9 @@ def test_a_loaded_model_fits_on_as_if_it_had_not_been_saved(way, tmp_path):
 
 
 @pytest.mark.parametrize("duplicate", [from_pickle, from_deepcopy])
-@pytest.mark.parametrize("way", ["functional", "subclass", "from subclass"])
+@pytest.mark.parametrize(
+    "way", slow_but(["functional", "subclass", "from subclass"], "from subclass")
+)
 def test_a_copy_trains_on(way, duplicate, tmp_path):
     model = train(compiled(WAYS[way]()))
     twin = duplicate(model, tmp_path)
@@ -252,7 +264,7 @@ def test_unzipped_directory(way, tmp_path):
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("way", ["functional", "from subclass"])
+@pytest.mark.parametrize("way", slow_but(["functional", "from subclass"], "from subclass"))
 def test_model_checkpoint(way, weights_only, tmp_path):
     path = str(tmp_path / ("c.weights.h5" if weights_only else "c.keras"))
     checkpoint = keras.callbacks.ModelCheckpoint(

@@ -32,9 +32,19 @@ def test_state_advances_once_per_step():
     check_training(normalized, fitting(), compiling(metrics=["mae"]))
 
 
-@pytest.mark.parametrize("mode", [EAGER, {}], ids=["eager", "graph"])
-@pytest.mark.parametrize("num_perturbed", [pytest.param(None, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+FAST = [("full_batch", 1, "eager"), ("sub_batches", 1, "graph")]
+STEPS = [
+    pytest.param(
+        *case[:2], mode, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in FAST)
+    )
+    for main in ("full_batch", "sub_batches")
+    for num_perturbed in (None, 1)
+    for name, mode in (("eager", EAGER), ("graph", {}))
+    for case in [(main, num_perturbed, name)]
+]
+
+
+@pytest.mark.parametrize(("main", "num_perturbed", "mode"), STEPS)
 def test_seeds_advance_once_per_step_whatever_the_main_gradient(main, num_perturbed, mode):
     regularizer = SubBatchPerturbation(ALPHA, BETA, 2, main, num_perturbed)
     compile = compiling(**mode)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, gradients, numpy, only_on, slices
 from literal_reading import check_training
+from parameters import slow_but
 from small_nets import EAGER, X, Y, compiling, fitting
 
 from keras_infomcr import RegularizedModel, flatness
@@ -227,7 +228,7 @@ class HostNoise(keras.layers.Layer):
         return inputs + (random.random() + np.random.default_rng(np.random.randint(99)).random())
 
 
-@pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
+@pytest.mark.parametrize("mode", slow_but([{}, EAGER], EAGER), ids=["compiled", "eager"])
 @pytest.mark.parametrize("main_gradient", ["full_batch", "sub_batches"])
 def test_a_pair_shares_what_python_and_numpy_draw(main_gradient, mode, float64):
     """With shared draws g - h is alpha H g, some 1e-7 of g at this alpha; else as large as g."""
@@ -282,8 +283,19 @@ def noisy(way, **mode):
 
 
 @only_on("tensorflow", reason="JAX has no hidden random state, and on torch a pair shares it.")
-@pytest.mark.parametrize("mode", [{}, EAGER], ids=["compiled", "eager"])
-@pytest.mark.parametrize("way", ["direct", "branch", "function", "generator"])
+@pytest.mark.parametrize(
+    ("way", "mode"),
+    [
+        pytest.param("direct", {}, id="direct-compiled"),
+        pytest.param("direct", EAGER, id="direct-eager", marks=pytest.mark.slow),
+        pytest.param("branch", {}, id="branch-compiled", marks=pytest.mark.slow),
+        pytest.param("branch", EAGER, id="branch-eager"),
+        pytest.param("function", {}, id="function-compiled", marks=pytest.mark.slow),
+        pytest.param("function", EAGER, id="function-eager"),
+        pytest.param("generator", {}, id="generator-compiled", marks=pytest.mark.slow),
+        pytest.param("generator", EAGER, id="generator-eager"),
+    ],
+)
 def test_layers_that_draw_by_tensorflow_are_refused(way, mode):
     model = noisy(way, **mode)
     before = model.get_weights()

@@ -19,6 +19,7 @@ from models_to_save import (
     sequential,
     train,
 )
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.models.training_record import training_record
@@ -39,7 +40,9 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "pair", slow_but(PAIRS, "functional", "subclass", "from deferred Sequential", "from subclass")
+)
 def test_weight_files_are_those_of_a_plain_model(pair, is_compiled, tmp_path):
     path = tmp_path / "model.weights.h5"
     for source, target in (PAIRS[pair], PAIRS[pair][::-1]):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, assert_array_equal, only_on
 from keras import layers
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -89,7 +90,7 @@ def mixed_with(mixin):
 
 
 @without_weights
-@pytest.mark.parametrize("main", ["full_batch", "sub_batches"])
+@pytest.mark.parametrize("main", slow_but(["full_batch", "sub_batches"], "sub_batches"))
 @pytest.mark.parametrize(
     "build",
     [mixed_with(Unchanged), mixed_with(FrozenWhenBuilt), functional_without_weights],
@@ -181,7 +182,7 @@ def squares(y, y_pred):
     return keras.ops.mean((y - y_pred) ** 2, axis=-1)
 
 
-@pytest.mark.parametrize("main", ["auto", "sub_batches"])
+@pytest.mark.parametrize("main", slow_but(["auto", "sub_batches"], "sub_batches"))
 def test_losses_in_nested_structures(main):
     mse = keras.losses.MeanSquaredError
     regularizer = SubBatchPerturbation(beta=0.0, num_sub_batches=2, main_gradient=main)

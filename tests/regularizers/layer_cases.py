@@ -104,7 +104,10 @@ KNOWN = {
 SLOW = {name for name in KNOWN if name.endswith(("1D", "3D", "Cell"))} | set(
     """
     GRU RNN StackedRNNCells Bidirectional ConvLSTM2D Subtract Multiply Average Minimum ELU LeakyReLU
-    AlphaDropout GaussianDropout GroupQueryAttention AdditiveAttention SeparableConv2D
+    AlphaDropout GaussianDropout GroupQueryAttention AdditiveAttention SeparableConv2D SimpleRNN
+    TimeDistributed AdaptiveAveragePooling2D AdaptiveMaxPooling2D ReversibleEmbedding Maximum
+    RMSNormalization UnitNormalization Cropping2D ZeroPadding2D UpSampling2D SpatialDropout2D
+    GaussianNoise GlobalMaxPooling2D CenterCrop Rescaling Permute RepeatVector Softmax ReLU Identity
     """.split()
 )
 

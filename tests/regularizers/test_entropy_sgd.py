@@ -6,6 +6,7 @@ import pytest
 from algorithm_1 import flat
 from frameworks import BACKEND, numpy, only_on, slices
 from keras import layers
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import EntropySGD
@@ -49,7 +50,7 @@ def outer_step(rule, weights, mini_batches, gamma, seed):
     return [w - m for w, m in zip(weights, mean)], seed
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scaled", slow_but([True, False], True))
 def test_steps_are_those_of_the_paper(scaled, float64):
     """Noise, growth and a live gamma; the centre is what `evaluate` sees.
 
@@ -182,7 +183,7 @@ def test_a_resumed_run_goes_on_with_the_noise(tmp_path):
 @pytest.mark.parametrize(
     ("noise", "batch_size"),
     [
-        (0.2, 18),
+        pytest.param(0.2, 18, marks=pytest.mark.slow),
         pytest.param(0.2, 8, marks=pytest.mark.slow),
         pytest.param(0.0, 18, marks=pytest.mark.slow),
     ],

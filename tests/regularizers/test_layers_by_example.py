@@ -8,6 +8,7 @@ import pytest
 from frameworks import BACKEND, gradients, numpy
 from keras import layers, ops
 from layer_cases import KNOWN, SEQUENCE, SLOW, TOKENS, UNKNOWN, VECTOR, examples, input_of
+from parameters import with_slow
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -243,7 +244,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", with_slow(OPTIMIZERS, "clipped"))
 def test_steps_of_an_embedding_are_those_of_the_full_batch(float64, rng, name):
     """To optimizers other than SGD the rows of a sparse gradient are not what their sum is."""
     optimizer, sums = OPTIMIZERS[name]

@@ -6,6 +6,7 @@ import pytest
 from algorithm_1 import ALPHA, RATE, SoftmaxRegression, flat, make
 from frameworks import BACKEND
 from gelu_networks import GeluNetwork
+from parameters import with_slow
 
 from keras_infomcr import RegularizedModel
 from keras_infomcr.regularizers import SubBatchPerturbation
@@ -177,7 +178,7 @@ ONE_SLICE = {
 }
 
 
-@pytest.mark.parametrize("name", ONE_SLICE)
+@pytest.mark.parametrize("name", with_slow(ONE_SLICE, "loss of the batch"))
 def test_one_slice_is_the_whole_batch(float64, rng, name):
     """One sub-batch gives the main gradient, and the moving statistics, of layers of Keras."""
     outputs, loss, known = ONE_SLICE[name]

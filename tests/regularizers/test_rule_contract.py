@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, numpy, only_on
 from keras import ops
+from parameters import slow_but
 from toy_rules import CUTTING, DRAWING, RULES, STEPPING, VARIANTS, Anchored
 
 from keras_infomcr import RegularizedModel, regularizers
@@ -389,7 +390,7 @@ class Logging(Regularizer):
         return {"includes_penalties": self.includes_penalties}
 
 
-@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("itself", slow_but([True, False], True))
 def test_penalties_count_once_and_further_values_are_means_over_examples(itself, float64):
     def penalised(base):
         inputs = keras.Input((3,))

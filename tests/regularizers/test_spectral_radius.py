@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, array, numpy
 from keras import layers, ops
+from parameters import slow_but
 
 from keras_infomcr import RegularizedModel, backend
 from keras_infomcr.objective import Batch, Objective
@@ -76,7 +77,7 @@ def test_a_negative_eigenvalue_is_made_smaller_too(float64, sign):
     np.testing.assert_allclose([float(numpy(g)) for g in step.gradient], [0, 2 * 1.5], atol=1e-12)
 
 
-@pytest.mark.parametrize("sign", [1, -1], ids=["minimum", "saddle"])
+@pytest.mark.parametrize("sign", slow_but([1, -1], -1), ids=["minimum", "saddle"])
 def test_training_drives_the_spectral_radius_to_the_threshold(float64, sign):
     """y shrinks by 2 rate strength = 10 % in each step, until y^2 + 1 is below the threshold."""
     model = valley(sign, rule=SpectralRadius(1.0, threshold=2.0, seed=0))

@@ -20,6 +20,7 @@ from algorithm_1 import (
     make,
 )
 from frameworks import array
+from parameters import with_slow
 
 from keras_infomcr.objective import Batch, Objective
 
@@ -54,7 +55,7 @@ def test_contribution_is_the_gradient_of_algorithm_1(float64, net, data, size, c
 
 
 @pytest.mark.parametrize("net", [pytest.param(SoftmaxRegression, marks=slow), TwoLayers])
-@pytest.mark.parametrize("main", MAIN_GRADIENTS)
+@pytest.mark.parametrize("main", with_slow(MAIN_GRADIENTS, "auto"))
 @pytest.mark.parametrize(("size", "count"), [(7, 2), pytest.param(2, 3, marks=slow)])
 def test_one_step_is_algorithm_1(float64, net, data, size, count, main):
     x, y, weights = (a[:size] for a in data)
@@ -70,7 +71,12 @@ def test_one_step_is_algorithm_1(float64, net, data, size, count, main):
 
 @pytest.mark.parametrize(
     ("net", "main"),
-    [*((TwoLayers, main) for main in MAIN_GRADIENTS), (SoftmaxRegression, "auto")],
+    [
+        (TwoLayers, "full_batch"),
+        (TwoLayers, "sub_batches"),
+        pytest.param(TwoLayers, "auto", marks=slow),
+        (SoftmaxRegression, "auto"),
+    ],
 )
 @pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=slow), PENALTY], ids=["", "L2"])
 @pytest.mark.parametrize("weighted", [pytest.param(False, marks=slow), True], ids=["", "weighted"])
@@ -104,7 +110,9 @@ def test_penalties_are_no_part_of_the_regularizer(float64, data):
     np.testing.assert_array_equal(results[0].value, results[1].value)
 
 
-@pytest.mark.parametrize(("main", "tolerance"), [("full_batch", 0.0), ("sub_batches", 1e-13)])
+@pytest.mark.parametrize(
+    ("main", "tolerance"), [("full_batch", 0.0), pytest.param("sub_batches", 1e-13, marks=slow)]
+)
 def test_zero_beta_equals_plain_keras(float64, data, main, tolerance):
     """The full batch agrees to the bit; the mean over sub-batches rounds each step by 1e-16."""
     x, y, weights = data
