@@ -175,8 +175,10 @@ def test_a_step_may_look_at_the_regularizer(mode):
         model.fit(X, Y, 5, epochs=2, shuffle=False, verbose=0)
         assert int(model.optimizer.iterations.numpy()) == 6
         weights.append([*model.get_weights(), model.evaluate(X, Y, 5, verbose=0)])
+    # A loss of its own keeps a model from taking its sub-batches at once, which rounds otherwise:
+    # by 2**-24 for each of some ten operations, in each of six steps.
     for a, b in zip(*weights):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=60 * 2**-24)
 
 
 def test_an_interrupted_compilation_loses_nothing():

@@ -19,7 +19,7 @@ from algorithm_1 import (
     flat,
     make,
 )
-from frameworks import array
+from frameworks import BACKEND, array
 from parameters import with_slow
 
 from keras_infomcr.objective import Batch, Objective
@@ -114,7 +114,11 @@ def test_penalties_are_no_part_of_the_regularizer(float64, data):
     ("main", "tolerance"), [("full_batch", 0.0), pytest.param("sub_batches", 1e-13, marks=slow)]
 )
 def test_zero_beta_equals_plain_keras(float64, data, main, tolerance):
-    """The full batch agrees to the bit; the mean over sub-batches rounds each step by 1e-16."""
+    """The full batch agrees to the bit; the mean over sub-batches rounds each step by 1e-16.
+
+    On JAX the full batch rounds too: XLA fuses a pass with what else the step computes.
+    """
+    tolerance = max(tolerance, 1e-13) if BACKEND == "jax" else tolerance
     x, y, weights = data
     ours = make(TwoLayers, PENALTY, beta=0.0, num_sub_batches=2, main_gradient=main)
     plain = keras.Model(ours.inputs, ours.outputs)
