@@ -4,7 +4,6 @@ from keras_infomcr.objective.batch import Batch, joined
 from keras_infomcr.objective.losses_by_example import is_loss_by_example
 from keras_infomcr.objective.objective import Objective, copied
 from keras_infomcr.objective.precision import HALF_PRECISION, float8_scales, scales_loss
-from keras_infomcr.objective.preprocessing import preprocessing_layers
 from keras_infomcr.objective.reductions import is_mean_over_examples, losses_of
 from keras_infomcr.objective.weight_penalties import penalty_and_gradients
 
@@ -19,6 +18,5 @@ __all__ = [
     "joined",
     "losses_of",
     "penalty_and_gradients",
-    "preprocessing_layers",
     "scales_loss",
 ]

@@ -11,7 +11,6 @@ from keras_infomcr.core.evaluation import Evaluation
 from keras_infomcr.keras_internals import call_has_training_arg, compute_loss, forget_loss_ids
 from keras_infomcr.objective.batch import Batch, SubBatches
 from keras_infomcr.objective.precision import scales_loss, true_float32
-from keras_infomcr.objective.preprocessing import passed_through, preprocessing_layers
 from keras_infomcr.objective.weight_penalties import (
     penalty_and_gradients,
     without_weight_penalties,
@@ -47,7 +46,6 @@ class Objective:
         self.rewritten: set[str] = set()
         self.reached: set[int] | None = None
         self._float32 = float32
-        self._done: list[keras.Layer] = []  # the layers whose outputs the batches are
 
     def weights(self) -> list:
         """Return the trainable variables as a list of arrays."""
@@ -57,23 +55,6 @@ class Objective:
         """Return the non-trainable variables, seeds included, and any hidden random state."""
         variables = self.model.non_trainable_variables
         return [*(keras.ops.copy(v) for v in variables), *backend.random_state()]
-
-    def preprocess(self, state: list, batch: Batch) -> tuple[list, Batch]:
-        """Return the state and the batch that the model's random preprocessing leaves.
-
-        All evaluations that follow take the batch, or slices of it, as it is now.
-        """
-        layers = preprocessing_layers(self.model)
-        if not layers:
-            return state, batch
-        with self.at(self.weights(), state, training=True) as (_, scope):
-            x = keras.tree.flatten(batch.x)[0]
-            for layer in layers:
-                x = layer(x, training=True)
-            values = [scope.get_current_value(v) for v in self.model.non_trainable_variables]
-        self._done = layers
-        x = keras.tree.pack_sequence_as(batch.x, [x])
-        return [*values, *state[len(values) :]], batch._replace(x=x)
 
     def __call__(self, weights: list, state: list, batch: Batch) -> tuple:
         """Return the loss with, as auxiliary, the predictions and the new state."""
@@ -165,7 +146,6 @@ class Objective:
             true_float32(model) if self._float32 else contextlib.nullcontext(),
             without_weight_penalties(model),
             backend.without_rematerialization(),
-            passed_through(self._done),
             _loss_ids_forgotten(model),
             _random_state(state[num_variables:]),
             scope,

@@ -16,12 +16,10 @@ class StandIn:
 
     Attributes:
         original: What the attribute was.
-        inherited: Boolean, whether it was a method of the class.
         users: Integer, the number of evaluations that run with the stand-in, in all threads.
     """
 
     original = None
-    inherited = False
     users = 0
 
 
@@ -44,8 +42,6 @@ def standing_in(holders, name, make):
             if not isinstance(getattr(holder, name), StandIn):
                 stand_in = make(holder)
                 stand_in.original = getattr(holder, name)
-                of_class = getattr(type(holder), name, None)
-                stand_in.inherited = name not in vars(holder) and not hasattr(of_class, "__set__")
                 # Past Keras's tracking of attributes.
                 object.__setattr__(holder, name, stand_in)
             getattr(holder, name).users += 1
@@ -58,7 +54,5 @@ def standing_in(holders, name, make):
             for holder in holders:
                 stand_in = getattr(holder, name)
                 stand_in.users -= 1
-                if not stand_in.users and stand_in.inherited:
-                    object.__delattr__(holder, name)
-                elif not stand_in.users:
+                if not stand_in.users:
                     object.__setattr__(holder, name, stand_in.original)

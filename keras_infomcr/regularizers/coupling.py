@@ -18,7 +18,6 @@ from keras_infomcr.objective import (
     is_loss_by_example,
     is_mean_over_examples,
     losses_of,
-    preprocessing_layers,
 )
 from keras_infomcr.regularizers.operations_by_example import (
     is_elementwise,
@@ -57,14 +56,13 @@ def couples_no_examples(model: keras.Model) -> bool:
     """Return whether the model is known to couple no two examples of a batch in training.
 
     Known are Functional models of listed Keras layers and operations with listed losses of Keras.
-    Random layers are left out, for slices would see other masks than the full batch does; but not
-    the random preprocessing that a model begins with, which all passes of a step share.
+    Random layers are left out: slices would see other masks than the full batch does.
     """
     compiled_losses = [loss for loss in losses_of(model) if loss is not None]
     return (
         all(map(_weighs_examples_alone, compiled_losses))
         and _trains_like_keras(model)
-        and _is_known_graph(model, _is_known, preprocessing_layers(model))
+        and _is_known_graph(model, _is_known)
         and _adds_up_gradients(model)
     )
 
@@ -127,7 +125,7 @@ def _weighs_examples_alone(loss):
     )
 
 
-def _is_known_graph(model, is_known, shared=()):
+def _is_known_graph(model, is_known):
     """Return whether all calls in a model's graph are known, and no loss sees a mask.
 
     A loss under a mask weighs an example by the rest of the batch.
@@ -135,7 +133,7 @@ def _is_known_graph(model, is_known, shared=()):
     calls = calls_of_graph(model) if _is_of_keras(type(model).call) else None
     return (
         calls is not None
-        and all(call.operation in shared or _is_known_call(call, is_known) for call in calls)
+        and all(_is_known_call(call, is_known) for call in calls)
         and not any(get_keras_mask(t) is not None or len(t.shape) < 2 for t in model.outputs)
     )
 

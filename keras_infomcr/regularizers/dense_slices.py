@@ -177,9 +177,7 @@ def _evaluation_with_taps(objective, layers, weights, state, batch):
     (loss, (predictions, new_state, inputs)), gradients = backend.value_and_grad(loss_with_probes)(
         [*weights, *probes], state, batch
     )
-    # Whole, for the state that it started from may be another than the model's.
-    state = completed(new_state, state)
-    return Evaluation(loss, gradients[:count], predictions, state), inputs, gradients[count:]
+    return Evaluation(loss, gradients[:count], predictions, new_state), inputs, gradients[count:]
 
 
 class _SideBySide:

@@ -43,9 +43,7 @@ class SubBatchPerturbation(Regularizer):
 
     Every pair of evaluations starts from the weights and the state (batch-norm statistics, seeds,
     variables that a layer assigns when it is called) that the main pass over the batch has left.
-    What the pairs do to that state is dropped, so that it moves once a step. Layers of random
-    preprocessing that a Functional model begins with run once for all of them, on the whole batch;
-    with `"sub_batches"` also for the training gradient.
+    What the pairs do to that state is dropped, so that it moves once a step.
 
     Reference: Jia and Su, "Information-Theoretic Local Minima Characterization and
     Regularization", ICML 2020, Section 6 and Algorithm 1 (https://arxiv.org/abs/1911.08192).
@@ -139,7 +137,7 @@ class SubBatchPerturbation(Regularizer):
         """Return R_alpha and its gradient, with the main pass if the sub-batches give it."""
         model = objective.model
         with_main = self.replaces_main_pass(model)
-        state, batch = objective.preprocess(objective.state(), batch)
+        state = objective.state()
         sub_batches = objective.sub_batches(batch, share_of_replica(self.num_sub_batches, model))
         count = self._num_chosen(model, len(sub_batches))
         ranks = None

@@ -189,7 +189,8 @@ def test_next_training_step_is_the_same_after_measuring(data):
         model.fit(x, y, batch_size=4, verbose=0)
         if measured:
             measure(model, x, y)
-            measure(model, x, y, training=True)
+            # In another order other examples lose units, and the model may not fit them.
+            measure(model, x, y, training=True, seed=0)
         model.fit(x, y, batch_size=4, verbose=0)
         weights.append(model.get_weights())
     np.testing.assert_equal(*weights)
