@@ -34,8 +34,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def make(name, count):
-    """Return a compiled model of initial weights, and random data: 200 examples, or `count`.
+def make(name, count=200):
+    """Return a compiled model of initial weights, and random data: 200 examples, or more.
 
     The moving statistics of its batch normalisation are the data's, as after training: with the
     initial ones the activations of deep networks would grow from layer to layer.
