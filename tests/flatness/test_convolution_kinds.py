@@ -11,7 +11,7 @@ from oracles import ln_xi
 
 from keras_infomcr import backend
 from keras_infomcr.flatness.per_example.gradient_parts import gram_of_calls
-from keras_infomcr.flatness.per_example.layer_grams import kind_of
+from keras_infomcr.flatness.per_example.layer_kinds import kind_of
 
 
 def slow(*case):

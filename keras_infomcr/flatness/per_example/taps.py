@@ -16,8 +16,8 @@ from keras import ops
 from keras_infomcr import backend
 from keras_infomcr.flatness.per_example.calls import Calls, Form, calls_before_activations
 from keras_infomcr.flatness.per_example.gradient_parts import gram_of_calls
-from keras_infomcr.flatness.per_example.layer_grams import kind_of
-from keras_infomcr.flatness.per_example.tap import gram_tap, noting_tap
+from keras_infomcr.flatness.per_example.layer_kinds import kind_of
+from keras_infomcr.flatness.per_example.tap_operations import gram_tap, noting_tap
 from keras_infomcr.keras_internals import all_layers, is_rematerialized
 
 
